@@ -1,0 +1,180 @@
+"""Pairwise attention as functions: check the arguments, choose the path.
+
+``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` (Yin et al., "ABCNN", TACL 2016). Shapes: q (B, Q, D),
+a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one unbatched pair of sentences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def pairwise_attention(
+    q: Tensor,
+    a: Tensor,
+    q_lengths: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Pairwise attention ``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)``, in the graph and batched.
+
+    Exact at every distance: float32 within 1e-6 of the true value, float16 and bfloat16 within one
+    rounding. Equal rows score exactly 1 and pass no gradient to each other.
+
+    Args:
+        q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16.
+        a: (B, A, D) or (A, D), dtype and device of q.
+        q_lengths: (B,) integers on the device of q, how many rows of each q are real; the others score 0,
+            whatever they hold, and get no gradient.
+        a_lengths: the same for a.
+        impl: "auto" or "torch"; "triton" raises, since this version has no CUDA kernel yet.
+
+    Returns:
+        S, (B, Q, A) or (Q, A), in the dtype of q, under autocast too.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
+    """
+    unbatched = _check(q, a, q_lengths, a_lengths, impl)
+    if unbatched:
+        q, a = q[None], a[None]
+    S: Tensor = ops.PairwiseAttention.apply(q, a, q_lengths, a_lengths)
+    return S[0] if unbatched else S
+
+
+def pairwise_attend(
+    q: Tensor,
+    a: Tensor,
+    v: Tensor,
+    normalize: str | None = None,
+    *,
+    q_lengths: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``S @ v`` without S in memory: peak memory is O(Q + A), forward and backward.
+
+    Args:
+        q, a, q_lengths, a_lengths, impl: as for :func:`pairwise_attention`.
+        v: (B, A, V) or (A, V), dtype and device of q; rows past `a_lengths` count as 0.
+        normalize: None, or "rows" to divide row i by ``sum_j S[b, i, j]`` (rows without any pair give 0).
+
+    Returns:
+        (B, Q, V) or (Q, V), in the dtype of q.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
+    """
+    unbatched = _check(q, a, q_lengths, a_lengths, impl)
+    _check_rows("v", v, q)
+    if v.dim() != a.dim() or v.shape[:-1] != a.shape[:-1]:
+        expected = ", ".join(map(str, a.shape[:-1]))
+        raise ValueError(
+            f"v must have shape ({expected}, V), one row for each row of a; got {tuple(v.shape)}"
+        )
+    if normalize not in (None, "rows"):
+        raise ValueError(f'normalize must be None or "rows"; got {normalize!r}')
+    if unbatched:
+        q, a, v = q[None], a[None], v[None]
+    O: Tensor = ops.PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize)
+    return O[0] if unbatched else O
+
+
+def pairwise_sums(
+    q: Tensor,
+    a: Tensor,
+    q_lengths: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Row sums and column sums of S without S in memory (the weights of ABCNN-2's pooling).
+
+    Args:
+        q, a, q_lengths, a_lengths, impl: as for :func:`pairwise_attention`.
+
+    Returns:
+        ``S.sum(2)`` (B, Q) and ``S.sum(1)`` (B, A), or (Q,) and (A,), in the dtype of q.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
+    """
+    unbatched = _check(q, a, q_lengths, a_lengths, impl)
+    if unbatched:
+        q, a = q[None], a[None]
+    r, c = ops.PairwiseSums.apply(q, a, q_lengths, a_lengths)
+    return (r[0], c[0]) if unbatched else (r, c)
+
+
+def _check(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None, impl: str) -> bool:
+    """Raise for anything wrong; returns whether q and a are unbatched."""
+    _check_rows("q", q, q)
+    _check_rows("a", a, q)
+    if q.dim() not in (2, 3):
+        raise ValueError(f"q must have shape (B, Q, D) or (Q, D); got {tuple(q.shape)}")
+    if a.dim() != q.dim():
+        expected = "(B, A, D), as q is batched" if q.dim() == 3 else "(A, D), as q is unbatched"
+        raise ValueError(f"a must have shape {expected}; got {tuple(a.shape)}")
+    if q.dim() == 3 and a.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"a must have the batch size of q, B = {q.shape[0]}; got {a.shape[0]}, shape {tuple(a.shape)}"
+        )
+    if a.shape[-1] != q.shape[-1]:
+        message = (
+            f"a must have the features of q, D = {q.shape[-1]}; got {a.shape[-1]}, shape {tuple(a.shape)}"
+        )
+        if a.shape[-2] == q.shape[-1]:
+            message += "; a looks transposed: pass a.mT"
+        elif a.shape[-1] == q.shape[-2]:
+            message += "; q looks transposed: pass q.mT"
+        raise ValueError(message)
+    for name, lengths, rows, size in (("q_lengths", q_lengths, q, "Q"), ("a_lengths", a_lengths, a, "A")):
+        if lengths is not None:
+            _check_lengths(name, lengths, rows, size)
+    if impl == "triton":
+        raise ValueError(
+            'impl="triton" is not available: this version has no CUDA kernel yet; use "auto" or "torch"'
+        )
+    if impl not in ("auto", "torch"):
+        raise ValueError(f'impl must be "auto", "triton" or "torch"; got {impl!r}')
+    return q.dim() == 2
+
+
+def _check_rows(name: str, rows: Tensor, like: Tensor) -> None:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(rows).__name__}")
+    if rows.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16; got {rows.dtype}")
+    if rows.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {like.dtype}; got {rows.dtype}")
+    if rows.device != like.device:
+        raise ValueError(f"{name} must be on the device of q, {like.device}; got {rows.device}")
+
+
+def _check_lengths(name: str, lengths: Tensor, rows: Tensor, size: str) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of integers; got {type(lengths).__name__}")
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name} must hold integers; got {lengths.dtype}")
+    if rows.dim() == 2:
+        raise ValueError(
+            f"{name} goes with batched input; got {name} with unbatched rows of shape {tuple(rows.shape)}"
+        )
+    if lengths.shape != rows.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape ({rows.shape[0]},), one length a sequence; got {tuple(lengths.shape)}"
+        )
+    if lengths.device != rows.device:
+        raise ValueError(f"{name} must be on the device of q, {rows.device}; got {lengths.device}")
+    # On other devices, and inside a compiled graph, looking at the values would make the device wait.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and lengths.numel():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > rows.shape[1]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} must lie between 0 and {size} = {rows.shape[1]}; got {wrong}")

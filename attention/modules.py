@@ -1,0 +1,86 @@
+"""Pairwise attention as modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .functional import pairwise_attention
+
+
+class PairwiseAttention(nn.Module):
+    """``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` as a module without parameters.
+
+    Takes and returns what :func:`pairwise_attention` does.
+    """
+
+    def forward(
+        self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+    ) -> Tensor:
+        return pairwise_attention(q, a, q_lengths, a_lengths)
+
+
+class AttentionFeatures(nn.Module):
+    """The learnable attention features of ABCNN-1: S turned into a second channel beside each sentence.
+
+    With S the pairwise attention of q and a, and W0, W1 of shape (features, length),
+
+        F_q = S @ W0.T[:A]        F_a = S.T @ W1.T[:Q]
+
+    which is W0·Sᵀ and W1·S of the paper (Yin et al., "ABCNN", TACL 2016, section 4.1) with words as rows.
+
+    Args:
+        length: the longest sentence, in rows; shorter ones use the first columns of the weights.
+        features: width of the feature maps, D for channels of the width of the sentences.
+        shared: one weight for both sides (W0 = W1), as in the authors' code.
+        device, dtype: of the weights.
+
+    Shapes: q (B, Q, D), a (B, A, D) with Q, A <= length -> F_q (B, Q, features), F_a (B, A, features);
+    unbatched likewise. Rows past `q_lengths`, `a_lengths` get features 0.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        features: int,
+        shared: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("length", length), ("features", features)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.length = length
+        self.features = features
+        self.shared = shared
+        self.weight_q = nn.Parameter(torch.empty(features, length, device=device, dtype=dtype))
+        if shared:
+            self.weight_a = self.weight_q
+        else:
+            self.weight_a = nn.Parameter(torch.empty(features, length, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Glorot uniform, as the authors initialise them."""
+        nn.init.xavier_uniform_(self.weight_q)
+        if not self.shared:
+            nn.init.xavier_uniform_(self.weight_a)
+
+    def forward(
+        self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        S = pairwise_attention(q, a, q_lengths, a_lengths)
+        for name, rows in (("q", q), ("a", a)):
+            if rows.shape[-2] > self.length:
+                raise ValueError(
+                    f"{name} must have at most length = {self.length} rows; got {rows.shape[-2]}"
+                )
+        F_q = S @ self.weight_q[:, : a.shape[-2]].mT.to(S.dtype)
+        F_a = S.mT @ self.weight_a[:, : q.shape[-2]].mT.to(S.dtype)
+        return F_q, F_a
+
+    def extra_repr(self) -> str:
+        return f"{self.length}, {self.features}" + (", shared=True" if self.shared else "")

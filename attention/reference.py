@@ -1,0 +1,74 @@
+"""Pairwise attention as written, one pair at a time.
+
+    S[b, i, j] = 1 / (1 + d),   d = ||q[b, i] - a[b, j]||
+
+and its gradients for an upstream g = dL/dS, where a pair at distance 0 has the subgradient 0:
+
+    dL/dq[b, i] = sum_j -g S^2 (q[b, i] - a[b, j]) / d        dL/da[b, j] = -(the same summed over i)
+
+Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), v (B, A, V). Any floating dtype, any device; the yardstick
+for every other implementation here, and it differentiates as often as asked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def distance(q: Tensor, a: Tensor) -> Tensor:
+    """``||q[b, i] - a[b, j]||`` of shape (B, Q, A), from the differences themselves."""
+    difference = q[:, :, None, :] - a[:, None, :, :]  # (B, Q, A, D)
+    squared = difference.square().sum(-1)
+    # The square root has no derivative at 0. Taking it of 1 there, and returning the constant 0, makes
+    # every derivative 0 instead of NaN.
+    same = squared == 0
+    return torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
+
+
+def valid_pairs(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
+    """Boolean (B, Q, A): whether row i of q and row j of a both lie within their sequences' lengths."""
+    valid = torch.ones(q.shape[0], q.shape[1], a.shape[1], dtype=torch.bool, device=q.device)
+    if q_lengths is not None:
+        valid = valid & (torch.arange(q.shape[1], device=q.device) < q_lengths[:, None])[:, :, None]
+    if a_lengths is not None:
+        valid = valid & (torch.arange(a.shape[1], device=a.device) < a_lengths[:, None])[:, None, :]
+    return valid
+
+
+def pairwise_attention_reference(
+    q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+) -> Tensor:
+    """S of shape (B, Q, A); pairs outside the lengths score 0."""
+    valid = valid_pairs(q, a, q_lengths, a_lengths)
+    # Rows outside the lengths may hold anything, NaN too: they are replaced before they are used.
+    q = torch.where(valid.any(2)[..., None], q, 0.0) if q_lengths is not None else q
+    a = torch.where(valid.any(1)[..., None], a, 0.0) if a_lengths is not None else a
+    return torch.where(valid, 1 / (1 + distance(q, a)), 0.0)
+
+
+def pairwise_attend_reference(
+    q: Tensor,
+    a: Tensor,
+    v: Tensor,
+    q_lengths: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    normalize: str | None = None,
+) -> Tensor:
+    """``S @ v`` of shape (B, Q, V); ``normalize="rows"`` divides row i by ``sum_j S[b, i, j]`` (0 / 0 is 0)."""
+    S = pairwise_attention_reference(q, a, q_lengths, a_lengths)
+    if a_lengths is not None:
+        v = torch.where((torch.arange(a.shape[1], device=a.device) < a_lengths[:, None])[..., None], v, 0.0)
+    O = S @ v
+    if normalize == "rows":
+        r = S.sum(2, keepdim=True)
+        O = O / torch.where(r == 0, 1.0, r)
+    return O
+
+
+def pairwise_sums_reference(
+    q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Row sums (B, Q) and column sums (B, A) of S."""
+    S = pairwise_attention_reference(q, a, q_lengths, a_lengths)
+    return S.sum(2), S.sum(1)

@@ -1,0 +1,1 @@
+"""The benchmark command line: ``gatematch-bench``, also ``python -m gatematch.bench``."""

@@ -1,0 +1,93 @@
+"""The command line, `gatematch-bench`: thin glue from options to the jobs, which are imported when run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Benchmarks of gatematch: LSTM and pairwise attention beside PyTorch's own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Every command writes its results as JSON; tables and pictures are drawn from that."""
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """A wrong file or option ends the command with its sentence on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def answers(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="TSV with columns question_id, question, answer, label; default chatterbot-corpus."
+        ),
+    ] = None,
+    dev: Annotated[
+        Path | None, typer.Option(help="TSV to choose the epoch on; default: split off data.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="TSV to report on; default: split off data.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each model.")] = 8,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of weights, order, dropout; the splits do not change.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; matrices this small gain nothing from more.")
+    ] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of results, pictures and checkpoint.")] = Path(
+        "out/answers"
+    ),
+    json: Annotated[Path | None, typer.Option(help="Results file; default OUT/results.json.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUT.")] = False,
+) -> None:
+    """Train a siamese LSTM + pairwise attention to pick the right answer; compare with BM25 and torch."""
+    from rich.console import Console
+
+    from gatematch.bench.answers.model import Settings
+    from gatematch.bench.answers.run import Interrupted, Options, run
+
+    options = Options(data, dev, test, epochs, device, threads, out, json, resume)
+    with one_sentence_errors():
+        try:
+            run(options, Settings(seed=seed), Console())
+        except Interrupted as interruption:
+            typer.echo(str(interruption), err=True)
+            raise typer.Exit(130) from None
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="A results file of `answers`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; default: beside the file.")
+    ] = None,
+) -> None:
+    """Draw the pictures of a results file again."""
+    from gatematch.bench.answers.plots import draw
+
+    with one_sentence_errors():
+        for path in draw(results, out or results.parent):
+            typer.echo(path)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

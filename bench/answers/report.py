@@ -1,0 +1,146 @@
+"""The result of a run as rows for the results file, and as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .baselines import BM25, random_scores
+from .batches import Encoder
+from .data import CandidateList, Dataset
+from .metrics import evaluate
+from .overlap import Blend
+from .text import MAX_LENGTH, Vocabulary, tokenize
+from .train import Trainer
+
+RANKERS = {
+    "random": "random order",
+    "bm25": "BM25",
+    "model": "model alone",
+    "model+overlap": "model + overlap features",
+}
+_SHOWN_WORDS = (6, 14)  # a heat map with fewer words shows nothing, with more cannot be read
+
+
+def result_rows(
+    dataset: Dataset, vocabulary: Vocabulary, encoder: Encoder, trainers: Mapping[str, Trainer]
+) -> list[dict[str, Any]]:
+    """Everything that the tables and the pictures show. The models are left with their best weights."""
+    ours = trainers["ours"]
+    for trainer in trainers.values():
+        trainer.use_best()
+    scores = ours.scores(dataset.test)
+    blend = Blend(vocabulary).fit(dataset.dev, ours.scores(dataset.dev))
+    rankings = {
+        "random": random_scores(dataset.test),
+        "bm25": BM25(dataset.answers).scores(dataset.test),
+        "model": scores,
+        "model+overlap": blend.scores(dataset.test, scores),
+    }
+    labels = [item.labels for item in dataset.test]
+    extra: dict[str, dict[str, Any]] = {
+        "model": {"dev_map": ours.dev_map[ours.best_epoch], "epoch": ours.best_epoch + 1},
+        "model+overlap": {"weights": blend.weights},
+    }
+    rows: list[dict[str, Any]] = [
+        {
+            "case": "answers/data",
+            "name": dataset.name,
+            **dataset.counts,
+            "train": len(dataset.train),
+            "dev": len(dataset.dev),
+            "test": len(dataset.test),
+            "words": len(vocabulary),
+        }
+    ]
+    rows += [
+        {"case": f"answers/{name}", **asdict(evaluate(ranking, labels)), **extra.get(name, {})}
+        for name, ranking in rankings.items()
+    ]
+    rows.append(_time_row(ours, trainers["peer"]))
+    rows.append(
+        {
+            "case": "answers/curves",
+            **{
+                name: {"loss": trainer.losses, "dev_map": trainer.dev_map}
+                for name, trainer in trainers.items()
+            },
+        }
+    )
+    rows.append(_attention_row(ours, encoder, dataset.test, rankings["model+overlap"]))
+    return rows
+
+
+def _time_row(ours: Trainer, peer: Trainer) -> dict[str, Any]:
+    return {
+        "case": "answers/time",
+        "unit": "seconds an epoch",
+        "ours": {"median": median(ours.seconds), "min": min(ours.seconds), "max": max(ours.seconds)},
+        "peer": {"median": median(peer.seconds), "min": min(peer.seconds), "max": max(peer.seconds)},
+        "ratio": median(peer.seconds) / median(ours.seconds),
+        "settings": ours.settings.as_dict(),
+    }
+
+
+@torch.no_grad()
+def _attention_row(
+    trainer: Trainer, encoder: Encoder, lists: Sequence[CandidateList], scores: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """S of a test question and its right answer: the one ranked with the widest lead among readable ones."""
+
+    def readable(text: str) -> bool:
+        return _SHOWN_WORDS[0] <= len(tokenize(text)) <= _SHOWN_WORDS[1]
+
+    def lead(item: CandidateList, row: Sequence[float]) -> float:
+        right = [score for score, label in zip(row, item.labels, strict=True) if label]
+        wrong = [score for score, label in zip(row, item.labels, strict=True) if not label]
+        return max(right) - max(wrong)
+
+    pairs = list(zip(lists, scores, strict=True))
+    shown = [(item, row) for item, row in pairs if readable(item.question) and readable(item.right[0])]
+    item, _ = max(shown or pairs, key=lambda pair: lead(*pair))
+    trainer.model.eval()
+    batch = encoder.batch([item.question], [[item.right[0]]], trainer.device)
+    return {
+        "case": "answers/attention",
+        "question": tokenize(item.question)[:MAX_LENGTH],
+        "answer": tokenize(item.right[0])[:MAX_LENGTH],
+        "S": trainer.model.word_attention(batch)[0].tolist(),
+    }
+
+
+def print_report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """The tables of a results file's rows."""
+    cases = {row["case"]: row for row in rows}
+    data = cases["answers/data"]
+    counts = ", ".join(f"{value} {key}" for key, value in data.items() if key not in ("case", "name"))
+    console.print(f"{data['name']}: {counts}", highlight=False)
+
+    table = Table(title=f"Ranking the answers of {data['test']} test questions")
+    table.add_column("ranker")
+    for title in ("MAP", "MRR", "accuracy at 1"):
+        table.add_column(title, justify="right")
+    for name, title in RANKERS.items():
+        row = cases[f"answers/{name}"]
+        table.add_row(
+            title, f"{row['map']:.3f} ± {row['map_error']:.3f}", f"{row['mrr']:.3f}", f"{row['accuracy']:.3f}"
+        )
+    console.print(table)
+    console.print("± is the standard error over the questions; all rankers see the same lists.", style="dim")
+
+    time = cases["answers/time"]
+    table = Table(title="Training the same model")
+    table.add_column("built from")
+    for title in ("s / epoch (median)", "range", "last loss"):
+        table.add_column(title, justify="right")
+    for name, title in (("ours", "gatematch"), ("peer", "torch.nn.LSTM + cdist")):
+        row, loss = time[name], cases["answers/curves"][name]["loss"][-1]
+        table.add_row(title, f"{row['median']:.2f}", f"{row['min']:.2f} to {row['max']:.2f}", f"{loss:.4f}")
+    console.print(table)
+    console.print(f"torch's time over ours: {time['ratio']:.2f}", highlight=False)

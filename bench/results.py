@@ -1,0 +1,102 @@
+"""Results as data: every measuring command writes ``{"meta": {...}, "rows": [...]}``, and tables and
+pictures are drawn from such files alone."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout in the current folder, with ``+`` when it has uncommitted changes."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        if head.returncode:
+            return None
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if dirty.strip() else "")
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip() or None
+    except OSError:
+        return None
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What a number depends on: device, versions, commit, and the command that made it."""
+    cuda = device.type == "cuda"
+    command = [Path(sys.argv[0]).name.replace("__main__.py", "gatematch-bench"), *sys.argv[1:]]
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "driver": _driver() if cuda else None,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "gatematch": _version("gatematch"),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+    }
+
+
+def write_results(path: Path, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a results file in one step: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"meta": dict(meta), "rows": [dict(row) for row in rows]}, indent=1, allow_nan=False)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text + "\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file, with an error that says what is wrong with it."""
+    try:
+        results = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"results file {path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"results file {path} is not JSON: {error}") from None
+    if not isinstance(results, dict) or not {"meta", "rows"} <= results.keys():
+        raise ValueError(f'results file {path} must hold {{"meta": ..., "rows": [...]}}')
+    return results

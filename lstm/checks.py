@@ -1,0 +1,301 @@
+"""What a call of the LSTM must look like, and the one sentence that says what is wrong with it.
+
+`fits` is the quick test that every call passes through; only a call that it does not recognise as plain
+is looked at closely. Every message names the argument, what was expected and what came.
+"""
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+State = tuple[Tensor, Tensor]
+
+IMPLS = ("auto", "triton", "torch")
+
+
+class Spec(NamedTuple):
+    """The sizes of an LSTM, with the names and shapes of its parameters in torch's order."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    bidirectional: bool
+    proj_size: int
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of_sizes(
+        cls,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+    ) -> "Spec":
+        state_size, gates = proj_size or hidden_size, 4 * hidden_size
+        suffixes = ("", "_reverse") if bidirectional else ("",)
+        names: list[str] = []
+        shapes: list[tuple[int, ...]] = []
+        for layer in range(num_layers):
+            width = input_size if layer == 0 else state_size * len(suffixes)
+            for suffix in suffixes:
+                kinds = ["weight_ih", "weight_hh"]
+                shapes += [(gates, width), (gates, state_size)]
+                if bias:
+                    kinds += ["bias_ih", "bias_hh"]
+                    shapes += [(gates,), (gates,)]
+                if proj_size:
+                    kinds += ["weight_hr"]
+                    shapes += [(proj_size, hidden_size)]
+                names += [f"{kind}_l{layer}{suffix}" for kind in kinds]
+        bidirectional = len(suffixes) == 2
+        return cls(
+            input_size, hidden_size, num_layers, bias, bidirectional, proj_size, tuple(names), tuple(shapes)
+        )
+
+    @classmethod
+    def of_params(cls, params: Mapping[str, Tensor]) -> "Spec":
+        """The sizes that a mapping named as torch.nn.LSTM's state_dict implies."""
+        if not isinstance(params, Mapping):
+            raise TypeError(f"params: expected a mapping from names to tensors, got {type(params).__name__}")
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            if name not in params:
+                raise ValueError(f"params: expected {name!r} among the names, got {list(params)}")
+        for name in ("weight_ih_l0", "weight_hh_l0", "weight_hr_l0"):
+            if name in params:
+                check_matrix(name, params[name])
+        # The longer side of weight_hh is 4H, so that a transposed weight is still recognised for what it is.
+        hidden_size = max(params["weight_hh_l0"].shape) // 4
+        rows, columns = params["weight_ih_l0"].shape
+        num_layers = 1
+        while f"weight_ih_l{num_layers}" in params:
+            num_layers += 1
+        spec = cls.of_sizes(
+            columns if rows == 4 * hidden_size else rows,
+            hidden_size,
+            num_layers,
+            "bias_ih_l0" in params,
+            "weight_ih_l0_reverse" in params,
+            min(params["weight_hr_l0"].shape) if "weight_hr_l0" in params else 0,
+        )
+        if params.keys() != set(spec.names):
+            missing = [name for name in spec.names if name not in params]
+            unexpected = [name for name in params if name not in spec.names]
+            raise ValueError(
+                "params: expected the names of a torch.nn.LSTM with "
+                f"num_layers={num_layers}, bias={spec.bias}, bidirectional={spec.bidirectional}, "
+                f"projection={spec.proj_size > 0}, got missing {missing} and unexpected {unexpected}"
+            )
+        return spec
+
+    def state_shapes(self, batch: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of h_0 and c_0, for an unbatched x if `batch` is None."""
+        cells = self.num_layers * (2 if self.bidirectional else 1)
+        lead = (cells,) if batch is None else (cells, batch)
+        return (*lead, self.proj_size or self.hidden_size), (*lead, self.hidden_size)
+
+
+def fits(x: Any, weights: list[Tensor], spec: Spec, hx: State | None, batch_first: bool) -> bool:
+    """Whether this is a plain call, on a padded or unbatched tensor, with nothing wrong."""
+    try:
+        shape, shapes = x.shape, spec.shapes
+        T = shape[1 if batch_first and len(shape) == 3 else 0]
+        if T == 0 or len(shape) not in (2, 3) or shape[-1] != spec.input_size:
+            return False
+        if hx is not None:
+            h_shape, c_shape = spec.state_shapes(None if len(shape) == 2 else shape[0 if batch_first else 1])
+            weights, shapes = [*weights, *hx], (*shapes, h_shape, c_shape)
+        return _alike(x, weights, shapes) and (hx is None or isinstance(hx, (tuple, list)))
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
+    """Whether this is a plain call of the cell, weights and biases in torch's order, with nothing wrong."""
+    try:
+        *batch, I = x.shape
+        H = weights[1].shape[1]
+        gates = 4 * H
+        shapes: tuple[tuple[int, ...], ...] = ((gates, I), (gates, H))
+        if len(weights) == 4:
+            shapes += ((gates,), (gates,))
+        if hx is not None:
+            weights, shapes = (*weights, *hx), (*shapes, (*batch, H), (*batch, H))
+        return len(batch) < 2 and _alike(x, weights, shapes) and (hx is None or isinstance(hx, (tuple, list)))
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+def _alike(x: Tensor, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> bool:
+    # The fused op does not look at the shapes of the weights and reads past the end of one that is too
+    # small, so they are compared in every call. `is_cpu` costs a third of comparing devices.
+    dtype, device = x.dtype, None if x.is_cpu else x.device
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype is not dtype:
+            return False
+        if not tensor.is_cpu if device is None else tensor.device != device:
+            return False
+    return dtype.is_floating_point
+
+
+def check_call(
+    x: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    spec: Spec,
+    hx: State | None,
+    batch_first: bool,
+) -> None:
+    """Raise TypeError or ValueError, in one sentence, unless this is a call that the LSTM can answer."""
+    ranks: tuple[int, ...] = (2, 3)
+    if isinstance(x, PackedSequence):
+        B = int(x.batch_sizes[0])
+        data, expected, ranks = x.data, f"data of shape (sum of lengths, {spec.input_size})", (2,)
+    else:
+        check_tensor("x", x, " or PackedSequence")
+        order = "B, T" if batch_first else "T, B"
+        data = x
+        expected = f"shape ({order}, {spec.input_size}) or (T, {spec.input_size})"
+    if data.dim() not in ranks or data.shape[-1] != spec.input_size:
+        hint = "; it looks transposed" if spec.input_size in data.shape[:-1] and data.dim() in ranks else ""
+        raise ValueError(f"x: expected {expected}, got {tuple(data.shape)}{hint}")
+    check_floating("x", data)
+    for name, weight, shape in zip(spec.names, weights, spec.shapes, strict=True):
+        check_tensor(name, weight)
+        check_shape(name, weight, shape)
+    # Where x and the weights differ, it is usually x that the caller can mend.
+    for name, tensor in zip(("x", *spec.names[1:]), (data, *weights[1:]), strict=True):
+        check_alike(name, tensor, spec.names[0], weights[0])
+
+    if isinstance(x, Tensor):
+        batched = x.dim() == 3
+        T, B = (x.shape[1], x.shape[0]) if batched and batch_first else (x.shape[0], x.shape[1])
+        if T == 0:
+            raise ValueError(f"x: expected at least one time step, got T = 0 in shape {tuple(x.shape)}")
+    if hx is not None:
+        unbatched = isinstance(x, Tensor) and x.dim() == 2
+        check_state(hx, data, *spec.state_shapes(None if unbatched else B))
+
+
+def check_cell(x: Tensor, weights: Sequence[Tensor | None], hx: State | None) -> None:
+    """`check_call` for one step."""
+    check_tensor("x", x)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(weights)]
+    for name, weight in zip(names, weights, strict=True):
+        check = check_matrix if name.startswith("weight") else check_tensor
+        check(name, weight)
+    tensors = [weight for weight in weights if weight is not None]
+    H = max(tensors[1].shape) // 4
+    rows, columns = tensors[0].shape
+    I = columns if rows == 4 * H else rows
+    shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    for name, weight, shape in zip(names, tensors, shapes, strict=False):
+        check_shape(name, weight, shape)
+    if x.dim() not in (1, 2) or x.shape[-1] != I:
+        hint = "; it looks transposed" if x.dim() == 2 and x.shape[0] == I else ""
+        raise ValueError(f"x: expected shape (B, {I}) or ({I},), got {tuple(x.shape)}{hint}")
+    check_floating("x", x)
+    for name, tensor in zip(("x", *names[1:]), (x, *tensors[1:]), strict=True):
+        check_alike(name, tensor, "weight_ih", tensors[0])
+    if hx is not None:
+        check_state(hx, x, (*x.shape[:-1], H), (*x.shape[:-1], H))
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, which the fused op cannot follow."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def check_impl_name(impl: str) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless this version can compute with `impl`."""
+    check_impl_name(impl)
+    if impl == "triton":
+        raise ValueError(
+            "impl: expected 'auto' or 'torch', got 'triton', for which this version has no kernels"
+        )
+
+
+def check_dropout(dropout: Any) -> None:
+    if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being "
+            f"zeroed, got {dropout!r}"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    got = tuple(tensor.shape)
+    if got != shape:
+        hint = "; it looks transposed" if sorted(got) == sorted(shape) else ""
+        raise ValueError(f"{name}: expected shape {shape}, got {got}{hint}")
+
+
+def check_state(hx: Any, x: Tensor, h_shape: tuple[int, ...], c_shape: tuple[int, ...]) -> None:
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        raise TypeError(f"hx: expected a pair of tensors (h_0, c_0), got {got}")
+    for name, state, shape in (("hx[0]", hx[0], h_shape), ("hx[1]", hx[1], c_shape)):
+        check_tensor(name, state)
+        check_shape(name, state, shape)
+        check_alike(name, state, "x", x)
+
+
+def check_alike(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    """Raise ValueError unless both are on one device and, outside autocast, of one dtype."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {like}, got {tensor.device}")
+    if tensor.dtype != other.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(f"{name}: expected dtype {other.dtype} as {like}, got {tensor.dtype}")
+
+
+def check_lengths(lengths: Any, x: Tensor | PackedSequence, batch_first: bool) -> None:
+    """`check_call` for the lengths, with an x that has passed it."""
+    if isinstance(x, PackedSequence):
+        raise ValueError("lengths: expected None with a PackedSequence, which has its own, got a tensor")
+    if x.dim() == 2:
+        raise ValueError("lengths: expected None for an unbatched x (T, I), got a tensor")
+    check_tensor("lengths", lengths)
+    device = x.device
+    T, B = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+    dtype = lengths.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"lengths: expected an integer dtype, got {dtype}")
+    check_shape("lengths", lengths, (B,))
+    if lengths.device != device and lengths.device.type != "cpu":
+        either = "cpu" if device.type == "cpu" else f"{device} or cpu"
+        raise ValueError(f"lengths: expected device {either}, got {lengths.device}")
+    # Reading the values would wait for a device, and can be neither traced nor batched.
+    if B > 0 and lengths.is_cpu and not transformed() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in lengths.to(torch.int64).aminmax())
+        if low < 0 or high > T:
+            raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low if low < 0 else high}")
+
+
+def check_tensor(name: str, value: Any, alternative: str = "") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor{alternative}, got {type(value).__name__}")
+
+
+def check_matrix(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.dim() != 2 or value.numel() == 0:
+        raise ValueError(f"{name}: expected a matrix, got shape {tuple(value.shape)}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")

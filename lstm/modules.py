@@ -1,0 +1,284 @@
+"""`LSTM` and `LSTMCell`, which hold the parameters as torch.nn's do, and `convert`.
+
+They are plain `nn.Module`s rather than subclasses of torch.nn.LSTM: TorchDynamo refuses to trace those.
+There is no flat copy of the weights behind the parameters. Each is read by its name in every call, so it
+may be tied, parametrised, replaced, or swapped by `torch.func.functional_call`.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .checks import Spec, State, check_dropout, check_impl_name
+from .functional import lstm_cell, run
+
+_CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class LSTM(nn.Module):
+    """A multi-layer LSTM with the constructor, attributes, parameters and results of `torch.nn.LSTM`.
+
+    A state_dict of either loads into the other, and both draw the same initial weights from a seed.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
+            dtype: as in torch.nn.LSTM.
+        impl: "auto", "torch" or "triton", as in `gatematch.lstm.lstm`.
+
+    Raises:
+        TypeError, ValueError: as torch.nn.LSTM does, and ValueError for an unknown impl.
+    """
+
+    mode = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_dropout(dropout)
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                stacklevel=2,
+            )
+        _check_bool("bias", bias)
+        _check_bool("batch_first", batch_first)
+        _check_size("input_size", input_size)
+        _check_size("hidden_size", hidden_size)
+        _check_size("num_layers", num_layers)
+        if proj_size < 0:
+            raise ValueError(
+                f"proj_size should be a positive integer or zero to disable projections, got {proj_size}"
+            )
+        if proj_size >= hidden_size:
+            raise ValueError(f"proj_size has to be smaller than hidden_size ({hidden_size}), got {proj_size}")
+        check_impl_name(impl)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self.impl = impl
+        self._spec = _spec(self)
+        for name, shape in zip(self._spec.names, self._spec.shapes, strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every weight and bias uniform in ±1/√H, drawn in the order of `parameters()`."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there is no flat copy of the weights. Kept for code written for torch.nn.LSTM."""
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of each layer and direction, as computed now."""
+        size = 2 + 2 * self.bias + (self.proj_size > 0)
+        weights = [getattr(self, name) for name in self._spec.names]
+        return [weights[start : start + size] for start in range(0, len(weights), size)]
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        hx: State | None = None,
+        lengths: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """y, (h_n, c_n), and the last layer's cell states with `return_cells`.
+
+        x is (T, B, I), (B, T, I) with batch_first, unbatched (T, I), or a PackedSequence; h_0 and c_0 are
+        (L * D, B, P) and (L * D, B, H), P being H without a projection and D the number of directions;
+        lengths is (B,). Results, dtypes and errors are those of `gatematch.lstm.lstm`.
+        """
+        spec, parameters = self._spec, self._parameters
+        try:  # much quicker than attribute access, which reaches `_parameters` last
+            weights: list[Any] = [parameters[name] for name in spec.names]
+        except KeyError:
+            weights = [getattr(self, name) for name in spec.names]
+        return run(
+            x,
+            weights,
+            spec,
+            hx,
+            lengths,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            return_cells,
+            self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        shown = {
+            "proj_size": 0,
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0,
+            "bidirectional": False,
+            "impl": "auto",
+        }
+        changed = [
+            f"{name}={getattr(self, name)}"
+            for name, default in shown.items()
+            if getattr(self, name) != default
+        ]
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
+
+
+class LSTMCell(nn.Module):
+    """One step of an LSTM with the constructor, attributes, parameters and results of `torch.nn.LSTMCell`.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as in torch.nn.LSTMCell.
+        impl: "auto", "torch" or "triton", as in `gatematch.lstm.lstm_cell`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_size("input_size", input_size)
+        _check_size("hidden_size", hidden_size)
+        check_impl_name(impl)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        self.impl = impl
+        gates = 4 * hidden_size
+        self.weight_ih = nn.Parameter(torch.empty(gates, input_size, device=device, dtype=dtype))
+        self.weight_hh = nn.Parameter(torch.empty(gates, hidden_size, device=device, dtype=dtype))
+        for name in ("bias_ih", "bias_hh"):
+            value = nn.Parameter(torch.empty(gates, device=device, dtype=dtype)) if bias else None
+            self.register_parameter(name, value)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every weight and bias uniform in ±1/√H, drawn in the order of `parameters()`."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x: Tensor, hx: State | None = None) -> State:
+        """The next h and c, from x (B, I) or (I,) and h and c (B, H) or (H,): `gatematch.lstm.lstm_cell`."""
+        parameters = self._parameters
+        try:
+            weights: list[Any] = [parameters[name] for name in _CELL_NAMES]
+        except KeyError:
+            weights = [getattr(self, name) for name in _CELL_NAMES]
+        return lstm_cell(x, hx, *weights, impl=self.impl)
+
+    def extra_repr(self) -> str:
+        bias = "" if self.bias is True else f", bias={self.bias}"
+        impl = "" if self.impl == "auto" else f", impl={self.impl}"
+        return f"{self.input_size}, {self.hidden_size}{bias}{impl}"
+
+
+def convert(module: nn.Module) -> nn.Module:
+    """Replace every torch.nn.LSTM and LSTMCell in a module, and the module itself if it is one, by ours.
+
+    The new ones own the same Parameter objects, buffers and hooks and are in the same mode, so optimisers,
+    hook handles and tied weights stay good; parametrizations are kept, and a module that stands at
+    several places stays one.
+
+    Returns:
+        `module`, changed in place, or what replaces it.
+
+    Raises:
+        TypeError: there is a subclass of torch.nn.LSTM or LSTMCell, or one with its own `forward`, whose
+            behaviour would be lost. Nothing has been changed then.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    found = [
+        (name, inner) for name, inner in module.named_modules() if isinstance(inner, (nn.LSTM, nn.LSTMCell))
+    ]
+    replaced: dict[nn.Module, nn.Module] = {inner: _adopt(name or "module", inner) for name, inner in found}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    return replaced.get(module, module)
+
+
+def _adopt(name: str, theirs: nn.Module) -> nn.Module:
+    """Ours, with everything that an instance of torch's holds."""
+    ours: type[nn.Module] = LSTM if isinstance(theirs, nn.LSTM) else LSTMCell
+    theirs_type = type(theirs)
+    members: dict[str, Any] = {}
+    if nn.utils.parametrize.is_parametrized(theirs):
+        # Registering a parametrization made a class for this one instance: a property for each
+        # parametrised name, and how to copy and pickle it. Ours is made from the same members.
+        members = {
+            k: v for k, v in vars(theirs_type).items() if k not in ("__dict__", "__weakref__", "__doc__")
+        }
+        theirs_type = nn.utils.parametrize.type_before_parametrizations(theirs)
+    if theirs_type not in (nn.LSTM, nn.LSTMCell) or "forward" in vars(theirs):
+        raise TypeError(
+            f"{name}: expected a torch.nn.{ours.__name__} itself, got {theirs_type.__name__} "
+            "with a forward of its own"
+        )
+    cls = type(f"Parametrized{ours.__name__}", (ours,), members) if members else ours
+    module: nn.Module = nn.Module.__new__(cls)
+    state = {k: v for k, v in vars(theirs).items() if k not in _TORCH_ONLY}
+    module.__dict__.update(state, impl="auto")
+    if isinstance(module, LSTM):
+        module.__dict__["_spec"] = _spec(module)
+    return module
+
+
+# What torch.nn.LSTM keeps beside its parameters, for its flat copy of them.
+_TORCH_ONLY = ("mode", "_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")
+
+
+def _spec(module: LSTM) -> Spec:
+    return Spec.of_sizes(
+        module.input_size,
+        module.hidden_size,
+        module.num_layers,
+        module.bias,
+        bool(module.bidirectional),
+        module.proj_size,
+    )
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than zero, got {value}")

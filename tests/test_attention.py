@@ -1,0 +1,499 @@
+"""Pairwise attention against float64: values, gradients, lengths, and the exactness contract."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from gatematch.attention import (
+    AttentionFeatures,
+    PairwiseAttention,
+    pairwise_attend,
+    pairwise_attention,
+    pairwise_sums,
+)
+from gatematch.attention import tiled as tiled_module
+from gatematch.attention.reference import (
+    pairwise_attend_reference,
+    pairwise_attention_reference,
+    pairwise_sums_reference,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+DISTANCES = [0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.5, 1.0, 2.0, 10.0, 100.0]
+
+
+def exact(q, a, *lengths):
+    return pairwise_attention_reference(q.double(), a.double(), *lengths)
+
+
+def at_distances(D, dtype=torch.float32, norm=None, offset=0.0):
+    """Rows a, and for each several q at known distances from it (before rounding to the dtype)."""
+    a = torch.randn(1, 6, D, dtype=torch.float64)
+    if norm is not None:
+        a = a / a.norm(dim=-1, keepdim=True) * norm
+    direction = torch.randn(1, 6, len(DISTANCES), D, dtype=torch.float64)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    q = a[:, :, None] + direction * torch.tensor(DISTANCES, dtype=torch.float64)[:, None]
+    return (q.flatten(1, 2) + offset).to(dtype), (a + offset).to(dtype)
+
+
+def gradients(function, inputs, upstream):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*inputs), inputs, upstream)
+
+
+def assert_gradients_exact(q, a, g, grads):
+    """Each gradient row within rounding of the sum of the sizes of its terms."""
+    true = gradients(exact, (q.double(), a.double()), g.double())
+    S = exact(q, a)
+    for grad, want, weight in zip(
+        grads, true, ((g.abs() * S**2).sum(2), (g.abs() * S**2).sum(1)), strict=True
+    ):
+        error = (grad.double() - want).norm(dim=-1)
+        assert (error <= 4e-6 * weight + 1e-12).all(), (error / weight).max()
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize("norm", [None, 0.01, 1.0, 2.7, 100.0])
+@pytest.mark.parametrize("D", [1, 3, 7, 50, 300, 768])
+def test_float32_is_exact_at_every_distance(D, norm, offset):
+    q, a = at_distances(D, norm=norm, offset=offset)
+    S = pairwise_attention(q, a)
+    assert (S.double() - exact(q, a)).abs().max() < 1e-6
+    g = torch.randn_like(S)
+    assert_gradients_exact(q, a, g, gradients(pairwise_attention, (q, a), g))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [1, 7, 50, 300])
+def test_low_precision_is_one_rounding_from_exact(D, dtype):
+    q, a = at_distances(D, dtype)
+    S = pairwise_attention(q, a)
+    want = exact(q, a)
+    assert S.dtype == dtype
+    # Half a unit in the last place of the value, and the float32 error before that rounding.
+    assert ((S.double() - want).abs() <= want * torch.finfo(dtype).eps / 2 + 1e-6).all()
+    g = torch.randn_like(S)
+    grads = gradients(pairwise_attention, (q, a), g)
+    for grad, full in zip(grads, gradients(exact, (q.double(), a.double()), g.double()), strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad, full.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_float64_equals_the_reference():
+    q, a = at_distances(33, torch.float64)
+    torch.testing.assert_close(pairwise_attention(q, a), exact(q, a), rtol=0, atol=1e-14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_with_lengths_and_poisoned_padding(data):
+    B, Q, A = (data.draw(st.integers(0, high)) for high in (4, 9, 9))
+    D = data.draw(st.sampled_from([1, 2, 5, 17]))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    q_lengths = torch.tensor([data.draw(st.integers(0, Q)) for _ in range(B)], dtype=torch.int64)
+    a_lengths = torch.tensor([data.draw(st.integers(0, A)) for _ in range(B)], dtype=torch.int32)
+    words = torch.randn(5, D)
+    q, a = words[torch.randint(0, 5, (B, Q))], words[torch.randint(0, 5, (B, A))]  # many equal rows
+    v = torch.randn(B, A, 3)
+    past_q = torch.arange(Q) >= q_lengths[:, None]
+    past_a = torch.arange(A) >= a_lengths[:, None]
+    q, a, v = q.clone(), a.clone(), v.clone()
+    q[past_q], a[past_a], v[past_a] = math.nan, math.nan, math.nan
+
+    S = pairwise_attention(q, a, q_lengths, a_lengths)
+    want = exact(q, a, q_lengths, a_lengths)
+    assert S.shape == (B, Q, A)
+    torch.testing.assert_close(S.double(), want, rtol=0, atol=1e-6)
+    assert (S[(past_q[:, :, None] | past_a[:, None, :]).expand_as(S)] == 0).all()
+    r, c = pairwise_sums(q, a, q_lengths, a_lengths)
+    torch.testing.assert_close((r.double(), c.double()), (want.sum(2), want.sum(1)), rtol=1e-5, atol=1e-5)
+
+    for normalize in (None, "rows"):
+
+        def ours(q, a, v, normalize=normalize):
+            return pairwise_attend(q, a, v, normalize, q_lengths=q_lengths, a_lengths=a_lengths)
+
+        def reference(q, a, v, normalize=normalize):
+            return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, normalize)
+
+        g = torch.randn(B, Q, 3)
+        double = q.double(), a.double(), v.double()
+        torch.testing.assert_close(ours(q, a, v).double(), reference(*double), rtol=1e-5, atol=1e-5)
+        grads = gradients(ours, (q, a, v), g)
+        for grad, true in zip(grads, gradients(reference, double, g.double()), strict=True):
+            torch.testing.assert_close(grad.double(), true, rtol=1e-4, atol=1e-4)
+        assert not grads[0][past_q].any() and not grads[1][past_a].any() and not grads[2][past_a].any()
+
+    # An infinite upstream gradient on padding (log of a masked score) must not spread.
+    g = torch.randn(B, Q, A)
+    true = gradients(lambda q, a: exact(q, a, q_lengths, a_lengths), (q.double(), a.double()), g.double())
+    g[(past_q[:, :, None] | past_a[:, None, :]).expand_as(g)] = math.inf
+    grads = gradients(lambda q, a: pairwise_attention(q, a, q_lengths, a_lengths), (q, a), g)
+    for grad, want in zip(grads, true, strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("B", "Q", "A", "D"),
+    [(1, 1, 1, 1), (3, 63, 65, 50), (2, 300, 1, 7), (2, 1, 300, 65), (1, 700, 600, 3), (70, 65, 63, 5)],
+)
+def test_odd_sizes_and_several_tiles(B, Q, A, D):
+    q, a = torch.randn(B, Q, D), torch.randn(B, A, D)
+    a[:, 0] = q[:, -1]
+    S = pairwise_attention(q, a)
+    assert (S.double() - exact(q, a)).abs().max() < 1e-6
+    assert (S[:, -1, 0] == 1).all()
+    g = torch.randn_like(S)
+    assert_gradients_exact(q, a, g, gradients(pairwise_attention, (q, a), g))
+    true = gradients(lambda q, a: exact(q, a).sum(2), (q.double(), a.double()), g.sum(2).double())
+    for grad, want in zip(
+        gradients(lambda q, a: pairwise_sums(q, a)[0], (q, a), g.sum(2)), true, strict=True
+    ):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_many_tiles_of_small_sentences_and_of_long_rows(monkeypatch):
+    monkeypatch.setattr(tiled_module, "TILE", 256)
+    monkeypatch.setattr(tiled_module, "SIDE", 16)
+    words = torch.randn(30, 20)
+    for B, Q, A in ((40, 9, 11), (3, 130, 40), (2, 17, 90)):
+        q, a = words[torch.randint(0, 30, (B, Q))], words[torch.randint(0, 30, (B, A))]
+        q = q + 1e-3 * torch.randn_like(q) * torch.randint(0, 2, (B, Q, 1))  # equal pairs and near ones
+        v, g = torch.randn(B, A, 4), torch.randn(B, Q, 4)
+        S = pairwise_attention(q, a)
+        assert (S.double() - exact(q, a)).abs().max() < 1e-6
+        G = torch.randn_like(S)
+        assert_gradients_exact(q, a, G, gradients(pairwise_attention, (q, a), G))
+        double = q.double(), a.double(), v.double()
+        true = gradients(lambda q, a, v: pairwise_attend_reference(q, a, v), double, g.double())
+        for grad, want in zip(gradients(pairwise_attend, (q, a, v), g), true, strict=True):
+            torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_common_offset_is_taken_out(monkeypatch):
+    """Otherwise every pair would be near: right, but at a cost that follows all pairs."""
+    found = []
+    original = tiled_module.near_pairs
+
+    def spy(*args):
+        near = original(*args)
+        found.append(0 if near is None else near.place.shape[0])
+        return near
+
+    monkeypatch.setattr(tiled_module, "near_pairs", spy)
+    q, a = torch.randn(4, 30, 40) + 20, torch.randn(4, 33, 40) + 20
+    assert (pairwise_attention(q, a).double() - exact(q, a)).abs().max() < 1e-6
+    assert sum(found) < 50
+    lengths = torch.tensor([3, 30, 0, 12])
+    q[lengths[:, None] <= torch.arange(30)] = 1e4
+    found.clear()
+    S = pairwise_attention(q, a, q_lengths=lengths)
+    assert (S.double() - exact(q, a, lengths)).abs().max() < 1e-6
+    assert sum(found) < 50
+
+
+def test_breaking_the_near_branch_shows(monkeypatch):
+    q, a = at_distances(300)
+    monkeypatch.setattr(tiled_module, "near_pairs", lambda *args: None)
+    assert not (pairwise_attention(q, a).double() - exact(q, a)).abs().max() < 1e-6
+
+
+def test_rows_of_very_different_sizes():
+    scale = 10.0 ** torch.randint(-3, 4, (2, 80, 1))
+    q, a = torch.randn(2, 80, 30) * scale, torch.randn(2, 80, 30) * scale.flip(1)
+    a[:, :40] = q[:, :40] * (1 + 1e-6)
+    S = pairwise_attention(q, a)
+    assert (S.double() - exact(q, a)).abs().max() < 1e-6
+    g = torch.randn_like(S)
+    assert_gradients_exact(q, a, g, gradients(pairwise_attention, (q, a), g))
+
+
+def test_infinite_and_huge_rows_are_far_and_nan_stays_nan():
+    q, a = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    q[0, 0], a[0, 1], q[0, 2, 1] = math.inf, 1e25, math.nan
+    S = pairwise_attention(q, a)
+    assert (S[0, 0] == 0).all() and S[0, 1, 1] < 1e-20 and S[0, 2].isnan().all()
+    torch.testing.assert_close(S[0, 1, ::2], exact(q, a)[0, 1, ::2].float())
+
+
+def test_zero_rows_and_equal_rows_pass_no_gradient():
+    q = torch.cat([torch.zeros(1, 2, 5), torch.ones(1, 2, 5)], 1).requires_grad_()
+    S = pairwise_attention(q, q)
+    assert (S[0, :2, :2] == 1).all() and (S[0, 2:, 2:] == 1).all()
+    (grad,) = torch.autograd.grad(S[0, :2, :2].sum() + S[0, 2:, 2:].sum(), q)
+    assert not grad.any()
+
+
+def test_reduced_precision_switches_and_autocast_do_not_reach_it():
+    q, a = at_distances(300)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            S = pairwise_attention(q, a)
+            g = torch.randn_like(S)
+            grads = gradients(pairwise_attention, (q, a), g)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert S.dtype == torch.float32
+    assert (S.double() - exact(q, a)).abs().max() < 1e-6
+    assert_gradients_exact(q, a, g, grads)
+
+
+def test_strided_inputs_and_expanded_gradients():
+    q, a = torch.randn(7, 20, 12).permute(1, 0, 2)[::2], torch.randn(10, 8, 24)[..., ::2]
+    assert (pairwise_attention(q, a).double() - exact(q, a)).abs().max() < 1e-6
+    one = torch.ones(())
+    grads = gradients(lambda q, a: pairwise_attention(q, a).sum(), (q, a), one)
+    true = gradients(lambda q, a: exact(q, a).sum(), (q.double(), a.double()), one.double())
+    for grad, want in zip(grads, true, strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_unbatched_equals_a_batch_of_one():
+    q, a, v = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4, 2)
+    torch.testing.assert_close(pairwise_attention(q, a), pairwise_attention(q[None], a[None])[0])
+    torch.testing.assert_close(pairwise_attend(q, a, v), pairwise_attend(q[None], a[None], v[None])[0])
+    torch.testing.assert_close(pairwise_sums(q, a)[1], pairwise_sums(q[None], a[None])[1][0])
+
+
+@pytest.mark.parametrize("B,Q,A", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty(B, Q, A):
+    q, a = torch.randn(B, Q, 5, requires_grad=True), torch.randn(B, A, 5, requires_grad=True)
+    v = torch.randn(B, A, 2, requires_grad=True)
+    S = pairwise_attention(q, a)
+    assert S.shape == (B, Q, A)
+    O = pairwise_attend(q, a, v, "rows")
+    assert O.shape == (B, Q, 2) and not O.any()
+    r, c = pairwise_sums(q, a)
+    assert r.shape == (B, Q) and c.shape == (B, A)
+    (S.sum() + O.sum() + r.sum() + c.sum()).backward()
+    assert not q.grad.any() and not a.grad.any() and not v.grad.any()
+
+
+def test_reference_against_the_numpy_oracle():
+    rng = np.random.default_rng(0)
+    q, a = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 4, 3))
+    a[0, 1] = q[0, 2]
+    g = rng.normal(size=(2, 5, 4))
+    lengths = np.array([5, 3]), np.array([2, 4])
+    q_lengths, a_lengths = map(torch.from_numpy, lengths)
+    tensors = torch.from_numpy(q), torch.from_numpy(a)
+    S = pairwise_attention_reference(*tensors, q_lengths, a_lengths)
+    want_S, tape = oracle.pairwise(q, a, *lengths)
+    np.testing.assert_allclose(S, want_S, atol=1e-14)
+    grads = gradients(
+        lambda q, a: pairwise_attention_reference(q, a, q_lengths, a_lengths), tensors, torch.from_numpy(g)
+    )
+    for grad, want in zip(grads, oracle.pairwise_backward(tape, g), strict=True):
+        np.testing.assert_allclose(grad, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [pairwise_attention, pairwise_attention_reference])
+def test_derivatives_of_attention(function):
+    torch.manual_seed(0)
+    q, a = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    q.requires_grad_(), a.requires_grad_()
+    assert gradcheck(function, (q, a)) and gradgradcheck(function, (q, a))
+
+
+def test_derivatives_of_the_streaming_ops():
+    torch.manual_seed(0)
+    q, a, v = (torch.randn(1, n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 4, 4))
+    lengths = dict(q_lengths=torch.tensor([2]), a_lengths=torch.tensor([3]))
+    for normalize in (None, "rows"):
+
+        def attend(q, a, v, normalize=normalize):
+            return pairwise_attend(q, a, v, normalize, **lengths)
+
+        assert gradcheck(attend, (q, a, v)) and gradgradcheck(attend, (q, a, v))
+    assert gradcheck(lambda q, a: pairwise_sums(q, a, **lengths), (q, a))
+    assert gradgradcheck(lambda q, a: pairwise_sums(q, a, **lengths), (q, a))
+
+
+def test_second_derivative_when_one_side_is_computed_from_the_other():
+    q = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def loss(function):
+        return function(q, q.sin() * 2).square().sum()
+
+    def hessian_vector(function):
+        (grad,) = torch.autograd.grad(loss(function), q, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), q)[0]
+
+    torch.testing.assert_close(
+        hessian_vector(pairwise_attention), hessian_vector(pairwise_attention_reference)
+    )
+
+
+def test_second_derivative_at_zero_distance_is_finite():
+    q = torch.randn(1, 3, 4, requires_grad=True)
+    S = pairwise_attention(q, q.detach())
+    (grad,) = torch.autograd.grad(S.sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), q)
+    assert grad.isfinite().all() and second.isfinite().all()
+
+
+def test_first_derivative_never_pays_for_the_second(monkeypatch):
+    from gatematch.attention import ops
+
+    monkeypatch.setattr(
+        ops, "pairwise_attention_reference", lambda *args: pytest.fail("the reference was called")
+    )
+    q = torch.randn(1, 3, 4, requires_grad=True)
+    pairwise_attention(q, q).sum().backward()
+
+
+def test_transforms_that_are_not_provided_raise():
+    q = torch.randn(1, 3, 4)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda q: pairwise_attention(q, q), (q,), (q,))
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda q: pairwise_attention(q, q).sum())(q)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda q: pairwise_attention(q, q))(q[None])
+
+
+def test_two_runs_are_equal_to_the_bit():
+    words = torch.randn(40, 16)
+    q, a = words[torch.randint(0, 40, (9, 50))], words[torch.randint(0, 40, (9, 50))] + 1e-3
+    g = torch.randn(9, 50, 50)
+    first, second = (gradients(pairwise_attention, (q, a), g) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+MEMORY = """
+import resource, torch
+from gatematch.attention import pairwise_attend, pairwise_sums
+def run(L):
+    q, a, v = (torch.randn(1, L, 16, requires_grad=True) for _ in range(3))
+    pairwise_attend(q, a, v, "rows").sum().backward()
+    r, c = pairwise_sums(q, a)
+    (r.sum() + c.sum()).backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+run(1024)
+before = peak()
+run(8192)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts bytes elsewhere")
+def test_streaming_memory_does_not_grow_with_the_pairs():
+    out = subprocess.run([sys.executable, "-P", "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 0.1 * 8192 * 8192 * 4
+
+
+def test_modules():
+    q, a = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
+    lengths = torch.tensor([5, 2, 0]), torch.tensor([6, 1, 3])
+    torch.testing.assert_close(PairwiseAttention()(q, a, *lengths), pairwise_attention(q, a, *lengths))
+    features = AttentionFeatures(8, 4)
+    assert {name: tuple(p.shape) for name, p in features.named_parameters()} == {
+        "weight_q": (4, 8),
+        "weight_a": (4, 8),
+    }
+    F_q, F_a = features(q, a, *lengths)
+    S = exact(q, a, *lengths).float()
+    for b in range(3):  # W0·Sᵀ and W1·S of the paper, words as columns
+        torch.testing.assert_close(F_q[b].T, features.weight_q[:, :6] @ S[b].T)
+        torch.testing.assert_close(F_a[b].T, features.weight_a[:, :5] @ S[b])
+    assert not F_q[1, 2:].any() and not F_a[1, 1:].any()
+    (F_q.sum() + F_a.sum()).backward()
+    assert features.weight_q.grad.any() and features.weight_a.grad.any()
+    shared = AttentionFeatures(8, 4, shared=True)
+    assert len(list(shared.parameters())) == 1 and "shared=True" in repr(shared)
+    torch.testing.assert_close(features(q[0], a[0])[0], features(q[:1], a[:1])[0][0])
+
+
+def test_sums_of_the_reference():
+    q, a = torch.randn(2, 3, 4).double(), torch.randn(2, 5, 4).double()
+    S = exact(q, a)
+    torch.testing.assert_close(pairwise_sums_reference(q, a), (S.sum(2), S.sum(1)))
+
+
+q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: pairwise_attention([1.0], a0), TypeError, "q must be a torch.Tensor; got list"),
+        (lambda: pairwise_attention(q0, a0.long()), TypeError, "a must be float64.*got torch.int64"),
+        (
+            lambda: pairwise_attention(q0, a0.double()),
+            TypeError,
+            "a must have the dtype of q, torch.float32; got",
+        ),
+        (
+            lambda: pairwise_attention(q0, a0.to("meta")),
+            ValueError,
+            "a must be on the device of q, cpu; got meta",
+        ),
+        (
+            lambda: pairwise_attention(q0[0, 0], a0),
+            ValueError,
+            r"q must have shape \(B, Q, D\) or \(Q, D\); got \(4,\)",
+        ),
+        (lambda: pairwise_attention(q0, a0[0]), ValueError, r"a must have shape \(B, A, D\).*got \(5, 4\)"),
+        (lambda: pairwise_attention(q0, a0[:1]), ValueError, "a must have the batch size of q, B = 2; got 1"),
+        (lambda: pairwise_attention(q0, a0.mT), ValueError, "D = 4; got 5.*a looks transposed"),
+        (lambda: pairwise_attention(q0.mT, a0), ValueError, "D = 3; got 4.*q looks transposed"),
+        (
+            lambda: pairwise_attention(q0, a0, torch.ones(3).long()),
+            ValueError,
+            r"q_lengths must have shape \(2,\)",
+        ),
+        (
+            lambda: pairwise_attention(q0, a0, [1, 2]),
+            TypeError,
+            "q_lengths must be a torch.Tensor of integers; got list",
+        ),
+        (
+            lambda: pairwise_attention(q0, a0, torch.ones(2)),
+            TypeError,
+            "q_lengths must hold integers; got torch.float32",
+        ),
+        (
+            lambda: pairwise_attention(q0, a0, a_lengths=torch.tensor([1, 6])),
+            ValueError,
+            "a_lengths must lie between 0 and A = 5; got 6",
+        ),
+        (
+            lambda: pairwise_attention(q0, a0, torch.tensor([-1, 3])),
+            ValueError,
+            "between 0 and Q = 3; got -1",
+        ),
+        (
+            lambda: pairwise_attention(q0[0], a0[0], torch.tensor([3])),
+            ValueError,
+            "q_lengths goes with batched input",
+        ),
+        (lambda: pairwise_attention(q0, a0, impl="triton"), ValueError, "no CUDA kernel"),
+        (
+            lambda: pairwise_attention(q0, a0, impl="cuda"),
+            ValueError,
+            'impl must be "auto", "triton" or "torch"; got',
+        ),
+        (lambda: pairwise_attend(q0, a0, q0), ValueError, r"v must have shape \(2, 5, V\).*got \(2, 3, 4\)"),
+        (
+            lambda: pairwise_attend(q0, a0, a0, "cols"),
+            ValueError,
+            "normalize must be None or \"rows\"; got 'cols'",
+        ),
+        (lambda: AttentionFeatures(4, 4)(q0, a0), ValueError, "a must have at most length = 4 rows; got 5"),
+        (lambda: AttentionFeatures(0, 4), ValueError, "length must be at least 1; got 0"),
+        (lambda: AttentionFeatures(4, 4.0), TypeError, "features must be an int; got float"),
+    ],
+)
+def test_errors_name_the_argument(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
