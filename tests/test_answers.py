@@ -174,7 +174,7 @@ def test_an_answer_that_is_right_once_is_never_wrong_in_its_list(tmp_path: Path)
 
 
 HEADER = "question_id\tquestion\tanswer\tlabel\n"
-WRONG_FILES = {
+WRONG_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "no column": ("question_id\tquestion\tanswer\n", ["line 1", "label", "question_id, question, answer"]),
     "empty": ("", ["line 1", "question_id", "nothing"]),
     "only a header": (HEADER, ["answer in every line", "got none"]),
@@ -302,7 +302,8 @@ def test_resumed_training_is_uninterrupted_training(toy: Dataset, tmp_path: Path
     for _ in range(2):
         rest.epoch()
     assert rest.losses == whole.losses and rest.dev_map == whole.dev_map
-    rest.use_best(), whole.use_best()
+    rest.use_best()
+    whole.use_best()
     assert rest.scores(toy.test) == whole.scores(toy.test)
 
 

@@ -49,14 +49,17 @@ def gradients(function, inputs, upstream):
 
 
 def assert_gradients_exact(q, a, g, grads):
-    """Each gradient row within rounding of the sum of the sizes of its terms."""
+    """Each gradient row within rounding of the sum of the sizes of its terms.
+
+    A far pair's d carries a relative error of up to 11 ε / (2 TAU) = 2.6e-6 and its term falls with d³.
+    """
     true = gradients(exact, (q.double(), a.double()), g.double())
     S = exact(q, a)
     for grad, want, weight in zip(
         grads, true, ((g.abs() * S**2).sum(2), (g.abs() * S**2).sum(1)), strict=True
     ):
         error = (grad.double() - want).norm(dim=-1)
-        assert (error <= 4e-6 * weight + 1e-12).all(), (error / weight).max()
+        assert (error <= 8e-6 * weight + 1e-12).all(), (error / weight).max()
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0])
