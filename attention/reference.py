@@ -55,7 +55,7 @@ def pairwise_attend_reference(
     a_lengths: Tensor | None = None,
     normalize: str | None = None,
 ) -> Tensor:
-    """``S @ v`` of shape (B, Q, V); ``normalize="rows"`` divides row i by ``sum_j S[b, i, j]`` (0 / 0 is 0)."""
+    """``S @ v`` (B, Q, V); ``normalize="rows"`` divides row i by ``sum_j S[b, i, j]`` (0 / 0 is 0)."""
     S = pairwise_attention_reference(q, a, q_lengths, a_lengths)
     if a_lengths is not None:
         v = torch.where((torch.arange(a.shape[1], device=a.device) < a_lengths[:, None])[..., None], v, 0.0)

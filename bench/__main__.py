@@ -6,9 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
 
 app = typer.Typer(
     help="Benchmarks of gatematch: LSTM and pairwise attention beside PyTorch's own.",
@@ -72,6 +76,77 @@ def answers(
         except Interrupted as interruption:
             typer.echo(str(interruption), err=True)
             raise typer.Exit(130) from None
+
+
+Device = Annotated[str, typer.Option(help="Where to run, as torch names it: cpu, cuda, cuda:1.")]
+Json = Annotated[Path | None, typer.Option(help="Results file.")]
+
+
+@app.command()
+def check(device: Device = "cpu", json: Json = None) -> None:
+    """Every op and module against float64; exit code 1 when an error is past its bound."""
+    from gatematch.bench.check import check_table, failed, run_check
+
+    with one_sentence_errors():
+        where = usable_device(device)
+        rows = run_check(where)
+        save(json, where, rows)
+    show(check_table(rows))
+    if bad := failed(rows):
+        typer.echo(f"{len(bad)} of {len(rows)} are past their bound", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"all {len(rows)} within their bounds")
+
+
+@app.command()
+def speed(
+    device: Device = "cpu",
+    json: Json = None,
+    filter: Annotated[
+        str, typer.Option(help="Only cases whose name, data and dtype match this regular expression.")
+    ] = "",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each row.")] = 2.0,
+    compiled: Annotated[bool, typer.Option(help="Include the peers that torch.compile makes.")] = True,
+) -> None:
+    """Ours beside torch's own, forward and forward+backward, each row right before it is timed."""
+    from gatematch.bench.speed import run_speed, speed_summary, speed_table
+
+    with one_sentence_errors():
+        where = usable_device(device)
+        rows = run_speed(where, filter, seconds, compiled)
+        save(json, where, rows)
+    show(speed_table(rows))
+    for line in speed_summary(rows):
+        typer.echo(line)
+
+
+def show(table: Table) -> None:
+    """A pipe has no width of its own: give the table room there."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def usable_device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be one that torch can use here, as cpu; got {name!r}: {reason}"
+        ) from None
+    return device
+
+
+def save(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> None:
+    from gatematch.bench.results import describe_machine, write_results
+
+    if path is not None:
+        write_results(path, describe_machine(device), rows)
+        typer.echo(f"results: {path}")
 
 
 @app.command()

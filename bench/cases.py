@@ -35,7 +35,7 @@ class Case:
 
 @dataclass
 class Problem:
-    """`ours` and `peers` take nothing and give the output; `wrt` lists, in one order, what each depends on."""
+    """Functions without arguments that give the output, each with what it depends on, in one order."""
 
     ours: Function
     ours_wrt: list[Tensor]
@@ -96,7 +96,7 @@ def has_compiler() -> bool:
 
 
 def build(case: Case, device: torch.device, compiled: bool = True) -> Problem:
-    """The problem of one case, from fresh random inputs; `compiled` adds the peers that torch.compile makes."""
+    """The problem of one case, from fresh random inputs; `compiled` adds the peers of torch.compile."""
     make = pairwise_problem if case.name.startswith("pairwise/") else lstm_problem
     return make(case, device, compiled)
 

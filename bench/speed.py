@@ -55,7 +55,7 @@ def run(function: Function, wrt: list[Tensor], upstream: Tensor, mode: str) -> t
 
 
 def errors(problem: Problem, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[float, float | None]:
-    """Largest error of the output (absolute or relative as the problem says), and of the gradients, relative."""
+    """Largest error of the output, absolute or relative as the problem says, and of the gradients."""
     relative = []
     for x, y in zip(got, want, strict=True):
         part = problem.part(x) if x.shape != y.shape else x
@@ -174,3 +174,24 @@ def _peer(name: str, peer: dict[str, Any]) -> str:
     if peer["status"] == "wrong":
         return f"{name} wrong by {peer['error']:.0e}"
     return f"{name} {peer['status']}"
+
+
+def speed_summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The worst row against each peer, the share of rows at least as fast, and what was wrong."""
+    lines = []
+    names = sorted({name for row in rows for name, peer in row["peers"].items() if "ratio" in peer})
+    for name in names:
+        timed = [(row["peers"][name]["ratio"], row) for row in rows if "ratio" in row["peers"].get(name, {})]
+        worst, row = min(timed, key=lambda pair: pair[0])
+        mean = float(np.exp(np.mean(np.log([ratio for ratio, _ in timed]))))
+        where = f"{row['case']} {row['data']} {row['mode']}"
+        lines.append(f"{name}: {mean:.2f}x over {len(timed)} rows, worst {worst:.2f}x ({where})")
+    slower = [row for row in rows if "time_to_random" in row]
+    if slower:
+        worst_row = max(slower, key=lambda row: row["time_to_random"])
+        lines.append(
+            f"text and offset rows: at most {worst_row['time_to_random']:.2f}x the time of random rows"
+            f" ({worst_row['case']} {worst_row['data']} {worst_row['mode']})"
+        )
+    lines += [f"WRONG: {row['case']} {row['mode']}" for row in rows if row["ours"]["status"] != "timed"]
+    return lines

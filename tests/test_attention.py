@@ -8,6 +8,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
 from gatematch.attention import (
     AttentionFeatures,
     PairwiseAttention,
@@ -21,9 +25,6 @@ from gatematch.attention.reference import (
     pairwise_attention_reference,
     pairwise_sums_reference,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
 
 DISTANCES = [0.0, 1e-6, 1e-4, 1e-2, 0.1, 0.5, 1.0, 2.0, 10.0, 100.0]
 

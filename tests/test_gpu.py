@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention.reference import pairwise_attention_reference
 from gatematch.lstm import LSTM

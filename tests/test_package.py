@@ -28,8 +28,8 @@ def test_import_leaves_triton_and_every_device_alone():
     out = python(
         "import torch\n"
         "def trap(*args, **kwargs): raise AssertionError('a device was queried at import')\n"
-        "for name in ('is_available', 'device_count', 'current_device', 'get_device_properties', '_lazy_init',\n"
-        "             'get_device_capability', 'get_device_name', 'init'):\n"
+        "for name in ('is_available', 'device_count', 'current_device', 'get_device_properties',\n"
+        "             '_lazy_init', 'get_device_capability', 'get_device_name', 'init'):\n"
         "    setattr(torch.cuda, name, trap)\n"
         "import sys\n"
         "before = 'triton' in sys.modules\n"

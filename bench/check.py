@@ -1,0 +1,243 @@
+"""`gatematch-bench check`: every op and module on this device against float64, each error with its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from gatematch.attention import (
+    AttentionFeatures,
+    PairwiseAttention,
+    pairwise_attend,
+    pairwise_attention,
+    pairwise_sums,
+)
+from gatematch.attention.reference import (
+    pairwise_attend_reference,
+    pairwise_attention_reference,
+    pairwise_sums_reference,
+)
+from gatematch.lstm import LSTM, LSTMCell
+from gatematch.lstm.reference import lstm_cell_reference
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DISTANCES = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 1.0, 10.0, 100.0)
+# Largest error of S, absolute: float32's contract, and one rounding (half a unit) for the 16-bit dtypes.
+SCORE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2.5e-4 + 1e-6, torch.bfloat16: 2e-3 + 1e-6}
+# Largest error of sums, products and gradients, as a share of the largest value.
+RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# An LSTM rounds at every step, and torch's 16-bit ops round the gates too.
+RECURRENT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+Outputs = tuple[Tensor, ...]
+
+
+def run_check(device: torch.device) -> list[dict[str, Any]]:
+    """One row for each op or module, dtype and setting: forward error, gradient error, and their bounds."""
+    torch.manual_seed(0)
+    checks = [*_pairwise_checks(device), *_lstm_checks(device)]
+    return [check() for check in track(checks, description="check", transient=True)]
+
+
+def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows past a bound; a NaN is past every bound."""
+    return [
+        row
+        for row in rows
+        if not (row["error"] <= row["bound"] and row["gradient_error"] <= row["gradient_bound"])
+    ]
+
+
+def _row(
+    case: str,
+    setting: str,
+    dtype: torch.dtype,
+    ours: Callable[..., Outputs],
+    exact: Callable[..., Outputs],
+    inputs: list[Tensor],
+    bounds: tuple[float, float],
+    absolute: bool = False,
+    exact_inputs: list[Tensor] | None = None,
+) -> dict[str, Any]:
+    """Compare outputs and the gradients w.r.t. `inputs`; `exact` gets them in float64."""
+    mine = [tensor.detach().requires_grad_() for tensor in inputs]
+    true = [tensor.detach().double().requires_grad_() for tensor in exact_inputs or inputs]
+    got, want = ours(*mine), exact(*true)
+    upstream = [torch.randn_like(y) for y in got]
+    grads = torch.autograd.grad(got, mine, upstream)
+    true_grads = torch.autograd.grad(want, true, [g.double() for g in upstream])
+    return {
+        "case": case,
+        "setting": setting,
+        "dtype": str(dtype).removeprefix("torch."),
+        "error": max(_error(x, y, absolute) for x, y in zip(got, want, strict=True)),
+        "bound": bounds[0],
+        "gradient_error": max(_error(x, y, False) for x, y in zip(grads, true_grads, strict=True)),
+        "gradient_bound": bounds[1],
+    }
+
+
+def _error(got: Tensor, want: Tensor, absolute: bool) -> float:
+    error = float((got.detach().double() - want.detach()).abs().max())
+    return error if absolute else error / max(float(want.detach().abs().max()), 1e-30)
+
+
+def _rows_at_distances(
+    D: int, offset: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    a = torch.randn(2, 5, D, dtype=torch.float64)
+    direction = nn.functional.normalize(torch.randn(2, 5, len(DISTANCES), D, dtype=torch.float64), dim=-1)
+    q = a[:, :, None] + direction * torch.tensor(DISTANCES, dtype=torch.float64)[:, None]
+    return (q.flatten(1, 2) + offset).to(device, dtype), (a + offset).to(device, dtype)
+
+
+def _pairwise_checks(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
+    for dtype in DTYPES:
+        for D in (1, 7, 50, 300, 768, 4096):
+            for offset in (0.0, 10.0):
+                q, a = _rows_at_distances(D, offset, dtype, device)
+                setting = f"D {D}, distances 0 to 100" + (f", offset {offset:g}" if offset else "")
+
+                def check(q: Tensor = q, a: Tensor = a, setting: str = setting) -> dict[str, Any]:
+                    return _row(
+                        "pairwise/attention",
+                        setting,
+                        q.dtype,
+                        lambda q, a: (pairwise_attention(q, a),),
+                        lambda q, a: (pairwise_attention_reference(q, a),),
+                        [q, a],
+                        (SCORE[q.dtype], RELATIVE[q.dtype]),
+                        absolute=True,
+                    )
+
+                yield check
+        yield from _pairwise_others(dtype, device)
+
+
+def _pairwise_others(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
+    q, a = _rows_at_distances(50, 0.0, dtype, device)
+    v = torch.randn(*a.shape[:2], 65, device=device, dtype=dtype)
+    lengths = torch.tensor([q.shape[1], 3], device=device), torch.tensor([0, 4], device=device)
+    bounds = RELATIVE[dtype], RELATIVE[dtype]
+    yield lambda: _row(
+        "pairwise/PairwiseAttention",
+        "lengths",
+        dtype,
+        lambda q, a: (PairwiseAttention()(q, a, *lengths),),
+        lambda q, a: (pairwise_attention_reference(q, a, *lengths),),
+        [q, a],
+        (SCORE[dtype], RELATIVE[dtype]),
+        absolute=True,
+    )
+    for normalize in (None, "rows"):
+        yield lambda normalize=normalize: _row(
+            "pairwise/attend",
+            f"normalize {normalize}",
+            dtype,
+            lambda q, a, v: (pairwise_attend(q, a, v, normalize),),
+            lambda q, a, v: (pairwise_attend_reference(q, a, v, normalize=normalize),),
+            [q, a, v],
+            bounds,
+        )
+    yield lambda: _row("pairwise/sums", "", dtype, pairwise_sums, pairwise_sums_reference, [q, a], bounds)
+    features = AttentionFeatures(64, 33, device=device, dtype=dtype)
+    exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
+    exact.load_state_dict(features.state_dict())
+    yield lambda: _row(
+        "pairwise/AttentionFeatures", "", dtype, features, exact, [q, a], (2 * bounds[0], 2 * bounds[1])
+    )
+
+
+def _lstm_checks(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
+    settings: dict[str, dict[str, Any]] = {
+        "1 layer": {},
+        "2 layers, bidirectional": {"num_layers": 2, "bidirectional": True},
+        "projection": {"proj_size": 17},
+        "no bias": {"bias": False},
+        "lengths": {"lengths": True},
+        "lengths, bidirectional, all cells": {"lengths": True, "bidirectional": True, "return_cells": True},
+    }
+    for dtype in DTYPES:
+        for setting, options in settings.items():
+            yield lambda dtype=dtype, setting=setting, options=options: _lstm_row(
+                setting, options, dtype, device
+            )
+        yield lambda dtype=dtype: _cell_row(dtype, device)
+
+
+def _lstm_row(
+    setting: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    T, B, I, H = 31, 5, 33, 65
+    options = dict(options)
+    return_cells = options.pop("return_cells", False)
+    lengths = torch.tensor([31, 1, 0, 17, 30], device=device) if options.pop("lengths", False) else None
+    model = LSTM(I, H, device=device, dtype=dtype, **options)
+    exact = LSTM(I, H, device=device, dtype=torch.float64, **options)
+    exact.load_state_dict(model.state_dict())
+    parameters, exact_parameters = dict(model.named_parameters()), dict(exact.named_parameters())
+
+    def call(module: LSTM, through_reference: bool) -> Callable[..., Outputs]:
+        def function(x: Tensor, *weights: Tensor) -> Outputs:
+            named = dict(zip(parameters, weights, strict=True))
+            options = {"lengths": lengths, "return_cells": return_cells or through_reference}
+            y, states, *cells = torch.func.functional_call(module, named, (x,), options)
+            return (y, *states, *(cells if return_cells else ()))
+
+        return function
+
+    x = torch.randn(T, B, I, device=device, dtype=dtype)
+    return _row(
+        "lstm/LSTM",
+        setting,
+        dtype,
+        call(model, False),
+        call(exact, True),
+        [x, *parameters.values()],
+        (RECURRENT[dtype], RECURRENT[dtype]),
+        exact_inputs=[x, *exact_parameters.values()],
+    )
+
+
+def _cell_row(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    cell = LSTMCell(33, 65, device=device, dtype=dtype)
+    x, h, c = (torch.randn(5, size, device=device, dtype=dtype) for size in (33, 65, 65))
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+
+    def ours(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Outputs:
+        result: Outputs = torch.func.functional_call(
+            cell, dict(zip(names, weights, strict=True)), (x, (h, c))
+        )
+        return result
+
+    def exact(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Outputs:
+        return lstm_cell_reference(x, (h, c), *weights)
+
+    return _row(
+        "lstm/LSTMCell", "", dtype, ours, exact, [x, h, c, *weights], (RECURRENT[dtype], RECURRENT[dtype])
+    )
+
+
+def check_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="check: errors against float64 on the same inputs")
+    for column in ("case", "setting", "dtype"):
+        table.add_column(column)
+    for column in ("error", "bound", "gradient error", "bound"):
+        table.add_column(column, justify="right")
+    bad = failed(rows)
+    for row in rows:
+        numbers = [row[key] for key in ("error", "bound", "gradient_error", "gradient_bound")]
+        table.add_row(
+            row["case"],
+            row["setting"],
+            row["dtype"],
+            *(f"{number:.1e}" for number in numbers),
+            style="bold red" if row in bad else None,
+        )
+    return table

@@ -1,0 +1,18 @@
+"""The cases of `gatematch-bench speed` as a pytest-benchmark suite.
+
+Run it with `python -P -m pytest bench --benchmark-only`.
+"""
+
+import pytest
+import torch
+
+from gatematch.bench.cases import CASES, Case, build
+from gatematch.bench.speed import MODES, label, run
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_speed(benchmark, case: Case, mode: str) -> None:  # type: ignore[no-untyped-def]
+    problem = build(case, torch.device("cpu"), compiled=False)
+    upstream = torch.randn_like(problem.ours())
+    benchmark(run, problem.ours, problem.ours_wrt, upstream, mode)
