@@ -65,7 +65,9 @@ class Operands:
 
     def __init__(self, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> None:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        q, a = q.to(compute).contiguous(), a.to(compute).contiguous()
+        if q.dtype != compute:
+            q, a = q.to(compute), a.to(compute)
+        q, a = q.contiguous(), a.contiguous()
         self.q_padding = self.a_padding = None
         if q_lengths is not None:
             self.q_padding = padding(q, q_lengths)

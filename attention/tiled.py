@@ -110,10 +110,10 @@ def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> Near |
     b, i, j = block
     torch.add(x.q_norms[b, i, None], x.a_norms[b, None, j], out=out)
     out.baddbmm_(x.q_centred[b, i], x.a_centred[b, j].mT, beta=1 / TAU, alpha=-2)
-    bound = float(x.q_near[b, i].max() + x.a_near[b, j].max())
+    bound = x.q_near[b, i].max().item() + x.a_near[b, j].max().item()
     near = None
     # One look at the smallest d² spares most tiles of unrelated rows the search.
-    if not out.amin() > bound:
+    if not out.amin().item() > bound:
         # A few pairs that are not near do no harm: the tile's largest threshold serves for all of them,
         # unless it lets many through. A NaN, from norms that overflow, asks for the difference too.
         mark = work.take("mark", out.shape, torch.bool)
@@ -210,18 +210,17 @@ class Gradients:
 
     def __init__(self, x: Operands) -> None:
         self.x = x
-        empty = math.prod(x.sizes) == 0
         # The first product of each overwrites it.
-        make = torch.zeros_like if empty else torch.empty_like
+        make = torch.empty_like if math.prod(x.sizes) else torch.zeros_like
         self.q, self.a = make(x.q), make(x.a)
-        self.q_sums, self.a_sums = x.q.new_zeros(x.q.shape[:2]), x.a.new_zeros(x.a.shape[:2])
 
     def add_far(self, block: Block, k: Tensor) -> None:
         b, i, j = block
-        self.q[b, i].baddbmm_(k, self.x.a_centred[b, j], beta=int(j.start > 0))
-        self.a[b, j].baddbmm_(k.mT, self.x.q_centred[b, i], beta=int(i.start > 0))
-        self.q_sums[b, i] += k.sum(2)
-        self.a_sums[b, j] += k.sum(1)
+        q, a = self.x.q_centred[b, i], self.x.a_centred[b, j]
+        grad_q = self.q[b, i].baddbmm_(k, a, beta=int(j.start > 0))
+        grad_q.addcmul_(q, k.sum(2, keepdim=True), value=-1)
+        grad_a = self.a[b, j].baddbmm_(k.mT, q, beta=int(i.start > 0))
+        grad_a.addcmul_(a, k.sum(1)[..., None], value=-1)
 
     def add_near(self, q_row: Tensor, a_row: Tensor, d: Tensor, g: Tensor) -> None:
         D = self.q.shape[2]
@@ -229,11 +228,6 @@ class Gradients:
         step = differences(self.x, q_row, a_row).mul_(k[:, None])
         self.q.view(-1, D).index_add_(0, q_row, step, alpha=-1)
         self.a.view(-1, D).index_add_(0, a_row, step)
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        self.q.addcmul_(self.x.q_centred, self.q_sums[..., None], value=-1)
-        self.a.addcmul_(self.x.a_centred, self.a_sums[..., None], value=-1)
-        return self.q, self.a
 
 
 def backward(
@@ -258,7 +252,7 @@ def backward(
             gradients.add_near(
                 near.q_row[apart], near.a_row[apart], near.distance[apart], g.reshape(-1)[near.place[apart]]
             )
-    return gradients.finish()
+    return gradients.q, gradients.a
 
 
 def backward_from_scores(
@@ -279,7 +273,7 @@ def backward_from_scores(
         if count:
             t.view(-1)[near] = 1
         k = work.take("k", tile.shape)
-        if t.amin() > 1 - CLOSE:
+        if t.amin().item() > 1 - CLOSE:
             torch.mul(tile, tile, out=k).mul_(tile).div_(t)
         else:
             distances(x, block, work, t)
@@ -298,4 +292,4 @@ def backward_from_scores(
         q_row = place // A
         a_row = place - q_row * A + (q_row // Q) * A
         gradients.add_near(q_row, a_row, distance[apart], g.reshape(-1)[place])
-    return gradients.finish()
+    return gradients.q, gradients.a
