@@ -19,6 +19,7 @@ help:
 
 # Installed, not editable: what runs is what a user gets.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard lstm/*.py attention/*.py bench/*.py bench/*/*.py)
+	rm -rf build  # a stale one would put deleted modules into the wheel
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt ".[bench,test]"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .

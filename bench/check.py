@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ Outputs = tuple[Tensor, ...]
 def run_check(device: torch.device) -> list[dict[str, Any]]:
     """One row for each op or module, dtype and setting: forward error, gradient error, and their bounds."""
     torch.manual_seed(0)
-    checks = [*_pairwise_checks(device), *_lstm_checks(device)]
-    return [check() for check in track(checks, description="check", transient=True)]
+    rows = chain(_pairwise_rows(device), _lstm_rows(device))
+    return list(track(rows, description="check", transient=True))
 
 
 def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,64 +97,53 @@ def _rows_at_distances(
     return (q.flatten(1, 2) + offset).to(device, dtype), (a + offset).to(device, dtype)
 
 
-def _pairwise_checks(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
+def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     for dtype in DTYPES:
+        scores, relative = (SCORE[dtype], RELATIVE[dtype]), (RELATIVE[dtype], RELATIVE[dtype])
         for D in (1, 7, 50, 300, 768, 4096):
             for offset in (0.0, 10.0):
-                q, a = _rows_at_distances(D, offset, dtype, device)
-                setting = f"D {D}, distances 0 to 100" + (f", offset {offset:g}" if offset else "")
-
-                def check(q: Tensor = q, a: Tensor = a, setting: str = setting) -> dict[str, Any]:
-                    return _row(
-                        "pairwise/attention",
-                        setting,
-                        q.dtype,
-                        lambda q, a: (pairwise_attention(q, a),),
-                        lambda q, a: (pairwise_attention_reference(q, a),),
-                        [q, a],
-                        (SCORE[q.dtype], RELATIVE[q.dtype]),
-                        absolute=True,
-                    )
-
-                yield check
-        yield from _pairwise_others(dtype, device)
-
-
-def _pairwise_others(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
-    q, a = _rows_at_distances(50, 0.0, dtype, device)
-    v = torch.randn(*a.shape[:2], 65, device=device, dtype=dtype)
-    lengths = torch.tensor([q.shape[1], 3], device=device), torch.tensor([0, 4], device=device)
-    bounds = RELATIVE[dtype], RELATIVE[dtype]
-    yield lambda: _row(
-        "pairwise/PairwiseAttention",
-        "lengths",
-        dtype,
-        lambda q, a: (PairwiseAttention()(q, a, *lengths),),
-        lambda q, a: (pairwise_attention_reference(q, a, *lengths),),
-        [q, a],
-        (SCORE[dtype], RELATIVE[dtype]),
-        absolute=True,
-    )
-    for normalize in (None, "rows"):
-        yield lambda normalize=normalize: _row(
-            "pairwise/attend",
-            f"normalize {normalize}",
+                yield _row(
+                    "pairwise/attention",
+                    f"D {D}, distances 0 to 100" + (f", offset {offset:g}" if offset else ""),
+                    dtype,
+                    lambda q, a: (pairwise_attention(q, a),),
+                    lambda q, a: (pairwise_attention_reference(q, a),),
+                    list(_rows_at_distances(D, offset, dtype, device)),
+                    scores,
+                    absolute=True,
+                )
+        q, a = _rows_at_distances(50, 0.0, dtype, device)
+        v = torch.randn(*a.shape[:2], 65, device=device, dtype=dtype)
+        lengths = torch.tensor([q.shape[1], 3], device=device), torch.tensor([0, 4], device=device)
+        yield _row(
+            "pairwise/PairwiseAttention",
+            "lengths",
             dtype,
-            lambda q, a, v: (pairwise_attend(q, a, v, normalize),),
-            lambda q, a, v: (pairwise_attend_reference(q, a, v, normalize=normalize),),
-            [q, a, v],
-            bounds,
+            lambda q, a: (PairwiseAttention()(q, a, *lengths),),  # noqa: B023 (called at once)
+            lambda q, a: (pairwise_attention_reference(q, a, *lengths),),  # noqa: B023
+            [q, a],
+            scores,
+            absolute=True,
         )
-    yield lambda: _row("pairwise/sums", "", dtype, pairwise_sums, pairwise_sums_reference, [q, a], bounds)
-    features = AttentionFeatures(64, 33, device=device, dtype=dtype)
-    exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
-    exact.load_state_dict(features.state_dict())
-    yield lambda: _row(
-        "pairwise/AttentionFeatures", "", dtype, features, exact, [q, a], (2 * bounds[0], 2 * bounds[1])
-    )
+        for normalize in (None, "rows"):
+            yield _row(
+                "pairwise/attend",
+                f"normalize {normalize}",
+                dtype,
+                lambda q, a, v: (pairwise_attend(q, a, v, normalize),),  # noqa: B023
+                lambda q, a, v: (pairwise_attend_reference(q, a, v, normalize=normalize),),  # noqa: B023
+                [q, a, v],
+                relative,
+            )
+        yield _row("pairwise/sums", "", dtype, pairwise_sums, pairwise_sums_reference, [q, a], relative)
+        features = AttentionFeatures(64, 33, device=device, dtype=dtype)
+        exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
+        exact.load_state_dict(features.state_dict())
+        doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
+        yield _row("pairwise/AttentionFeatures", "", dtype, features, exact, [q, a], doubled)
 
 
-def _lstm_checks(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
+def _lstm_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {
         "1 layer": {},
         "2 layers, bidirectional": {"num_layers": 2, "bidirectional": True},
@@ -164,10 +154,8 @@ def _lstm_checks(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]
     }
     for dtype in DTYPES:
         for setting, options in settings.items():
-            yield lambda dtype=dtype, setting=setting, options=options: _lstm_row(
-                setting, options, dtype, device
-            )
-        yield lambda dtype=dtype: _cell_row(dtype, device)
+            yield _lstm_row(setting, options, dtype, device)
+        yield _cell_row(dtype, device)
 
 
 def _lstm_row(
@@ -207,8 +195,7 @@ def _lstm_row(
 def _cell_row(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     cell = LSTMCell(33, 65, device=device, dtype=dtype)
     x, h, c = (torch.randn(5, size, device=device, dtype=dtype) for size in (33, 65, 65))
-    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+    names, weights = zip(*cell.named_parameters(), strict=True)
 
     def ours(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Outputs:
         result: Outputs = torch.func.functional_call(

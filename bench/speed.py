@@ -32,7 +32,7 @@ def run_speed(
         raise ValueError(f"filter must be a regular expression; got {pattern!r}: {error}") from None
     if not chosen:
         raise ValueError(f"filter must match a case, one of {', '.join(map(label, CASES))}; got {pattern!r}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in track(chosen, description="speed", transient=True):
         torch.manual_seed(0)
         problem = build(case, device, compiled)
