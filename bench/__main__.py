@@ -151,13 +151,13 @@ def save(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) ->
 
 @app.command()
 def plot(
-    results: Annotated[Path, typer.Argument(help="A results file of `answers`.")],
+    results: Annotated[Path, typer.Argument(help="A results file of `answers` or `speed`.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the pictures; default: beside the file.")
     ] = None,
 ) -> None:
     """Draw the pictures of a results file again."""
-    from gatematch.bench.answers.plots import draw
+    from gatematch.bench.plots import draw
 
     with one_sentence_errors():
         for path in draw(results, out or results.parent):

@@ -26,9 +26,9 @@ from gatematch.bench.answers.data import CandidateList, Dataset, chatterbot, rea
 from gatematch.bench.answers.metrics import evaluate
 from gatematch.bench.answers.model import Matcher, Settings, ours, peer
 from gatematch.bench.answers.overlap import Blend, overlap_features
-from gatematch.bench.answers.plots import draw
 from gatematch.bench.answers.text import MAX_LENGTH, UNKNOWN, Vocabulary, identity, tokenize
 from gatematch.bench.answers.tsv import tsv
+from gatematch.bench.plots import draw
 
 Build = Callable[[int, Settings], Matcher]
 TINY = Settings(embedding=8, hidden=4, features=3, wrong=2, batch=4)

@@ -1,42 +1,28 @@
-"""The pictures of a run, drawn from its results file alone, as SVG and PNG."""
+"""The figures of a run, from the rows of its results file alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
-
-from gatematch.bench.results import read_results
 
 from .report import RANKERS
 
 _OURS, _PEER, _GREY = "#1f6fb4", "#e0862a", "#8a8f98"
 
 
-def draw(results: Path, folder: Path) -> list[Path]:
-    """Draw curves, MAP and attention of a results file into a folder; returns the files written."""
-    cases = {row.get("case"): row for row in read_results(results)["rows"]}
-    figures = {"curves": _curves, "map": _map, "attention": _attention}
+def figures(results: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """Curves, MAP and attention, from the rows of a results file."""
+    cases = {row.get("case"): row for row in rows}
     needed = {f"answers/{name}" for name in ("curves", "attention", "data", *RANKERS)}
     missing = sorted(needed - cases.keys())
     if missing:
         raise ValueError(
             f"results file {results} must hold the case {missing[0]} of an answers run; it does not"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    # Text stays text in the SVG, and the file is the same from run to run.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gatematch", "font.size": 10}):
-        for name, figure in figures.items():
-            drawn = figure(cases)
-            for suffix in ("svg", "png"):
-                path = folder / f"{name}.{suffix}"
-                drawn.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-                written.append(path)
-    return written
+    return {"curves": _curves(cases), "map": _map(cases), "attention": _attention(cases)}
 
 
 def _curves(cases: Mapping[str, Any]) -> Figure:

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gatematch.bench.plots import draw
 from gatematch.bench.results import describe_machine, write_results
 
 from .batches import Encoder
 from .data import Dataset, chatterbot
 from .model import Settings, ours, peer
-from .plots import draw
 from .report import print_report, result_rows
 from .text import Vocabulary
 from .train import Trainer, load_checkpoint, save_checkpoint

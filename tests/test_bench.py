@@ -1,0 +1,134 @@
+"""The benchmark's own machinery: cases, errors, timing, results files and the commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gatematch.bench import cases, check, speed
+from gatematch.bench.__main__ import app
+from gatematch.bench.plots import draw
+from gatematch.bench.results import describe_machine, read_results, write_results
+from gatematch.bench.timing import measure, peak_bytes
+
+CPU = torch.device("cpu")
+SMALL = [
+    cases.Case("pairwise/tiny", {"B": 2, "Q": 5, "A": 6, "D": 8}),
+    cases.Case("pairwise/tiny", {"B": 2, "Q": 40, "A": 40, "D": 50}, "text"),
+    cases.Case("pairwise/tiny", {"B": 2, "Q": 9, "A": 7, "D": 8}, "offset"),
+    cases.Case("lstm/tiny", {"T": 3, "B": 2, "I": 4, "H": 5}, options={"compiled": True}),
+    cases.Case(
+        "lstm/lengths", {"T": 9, "B": 4, "I": 4, "H": 5}, options={"lengths": True, "batch_first": True}
+    ),
+    cases.Case("lstm/cell", {"T": 1, "B": 2, "I": 4, "H": 5}, options={"cell": True}),
+]
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    monkeypatch.setattr(speed, "CASES", SMALL)
+    return speed.run_speed(CPU, seconds=0.0, compiled=False)
+
+
+def test_speed_rows_hold_times_errors_and_ratios(rows, tmp_path):
+    assert len(rows) == 2 * len(SMALL)
+    for row in rows:
+        assert row["ours"]["status"] == "timed" and row["ours"]["median"] > 0, row
+        assert row["ours"]["error"] <= row["bound"]
+        assert (row["ours"]["gradient_error"] is None) == (row["mode"] == "forward")
+        if row["mode"] != "forward":
+            assert row["ours"]["gradient_error"] < 1e-4
+        assert ("time_to_random" in row) == (row["data"] != "random")
+        for peer in row["peers"].values():
+            assert peer["status"].startswith("skipped") or peer["status"] == "wrong" or peer["ratio"] > 0
+    # The expansion is wrong for equal words, which is marked and not timed.
+    assert rows[2]["peers"]["cdist, fast mode"]["status"] == "wrong"
+    path = tmp_path / "deep" / "speed.json"
+    write_results(path, describe_machine(CPU), rows)
+    assert [p.name for p in draw(path, tmp_path)] == ["speed.svg", "speed.png"]
+    assert speed.speed_table(rows).row_count == len(rows)
+    assert any("torch.nn.LSTM:" in line for line in speed.speed_summary(rows))
+
+
+def test_a_wrong_result_of_ours_is_marked_not_timed(monkeypatch):
+    monkeypatch.setattr(speed, "CASES", SMALL[:1])
+    monkeypatch.setattr(cases, "pairwise_attention", lambda q, a: cases.cdist_exact(q, a) + 1e-3)
+    (row, _) = speed.run_speed(CPU, seconds=0.0, compiled=False)
+    assert row["ours"]["status"] == "wrong" and "median" not in row["ours"]
+    assert any("WRONG" in line for line in speed.speed_summary([row]))
+
+
+def test_compiled_peers_say_why_they_are_missing(monkeypatch):
+    monkeypatch.setattr(cases.shutil, "which", lambda name: None)
+    for case in (SMALL[0], SMALL[3]):
+        skipped = cases.build(case, CPU).skipped
+        assert "torch.compile needs a C++ compiler" in skipped.values()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cases.has_compiler(), reason="torch.compile needs a C++ compiler")
+def test_compiled_peers_are_timed(monkeypatch):
+    monkeypatch.setattr(speed, "CASES", [SMALL[0], SMALL[3]])
+    rows = speed.run_speed(CPU, seconds=0.0)
+    assert rows[0]["peers"]["compiled expansion"]["status"] == "timed"
+    assert rows[2]["peers"]["compiled loop"]["status"] == "timed"
+
+
+def test_check_fails_past_a_bound_and_on_nan(monkeypatch):
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+    rows = check.run_check(CPU)
+    assert not check.failed(rows) and len(rows) == 24
+    assert {"lstm/LSTM", "lstm/LSTMCell", "pairwise/attention", "pairwise/attend"} <= {
+        r["case"] for r in rows
+    }
+    assert check.failed([rows[0] | {"error": float("nan")}]) and check.failed(
+        [rows[0] | {"gradient_error": 1.0}]
+    )
+    monkeypatch.setattr(check, "pairwise_sums", lambda q, a: (q.sum(2), a.sum(2)))
+    result = CliRunner().invoke(app, ["check"])
+    assert result.exit_code == 1 and "1 of 24 are past their bound" in result.output
+
+
+def test_measure_and_peak_bytes():
+    times = measure({"a": lambda: None, "b": lambda: torch.ones(1000).sum()}, 0.01, CPU)
+    assert len(times["a"]) == len(times["b"]) >= 7 and (times["b"] > 0).all()
+    megabytes = peak_bytes(lambda: [torch.empty(1 << 18) for _ in range(3)], CPU)
+    assert 3 << 20 <= megabytes < 4 << 20
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, {"device": "cpu"}, [{"case": "x"}])
+    with pytest.raises(ValueError, match=r"Out of range float|JSON compliant"):
+        write_results(path, {}, [{"case": float("nan")}])
+    assert read_results(path)["rows"] == [{"case": "x"}]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    meta = describe_machine(CPU)
+    assert {"device", "cpu", "python", "torch", "commit", "date", "command"} <= meta.keys()
+    assert json.dumps(meta)
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    no_rows = tmp_path / "list.json"
+    no_rows.write_text("[]")
+    for arguments, words in (
+        (("speed", "--filter", "nothing-like-it"), "filter must match a case"),
+        (("speed", "--filter", "("), "filter must be a regular expression"),
+        (("check", "--device", "warp"), "device must be one that torch can use here"),
+        (("plot", tmp_path / "none.json"), "does not exist"),
+        (("plot", broken), "is not JSON"),
+        (("plot", no_rows), "must hold"),
+    ):
+        code, output = run(*arguments)
+        assert code == 2 and words in output.replace("\n", " "), output
+        assert "Traceback" not in output
