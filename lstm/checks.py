@@ -119,18 +119,27 @@ def fits(x: Any, weights: list[Tensor], spec: Spec, hx: State | None, batch_firs
 
 
 def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
-    """Whether this is a plain call of the cell, weights and biases in torch's order, with nothing wrong."""
+    """Whether the shapes are those of a plain call of the cell, weights and biases in torch's order.
+
+    Only what torch's op would broadcast, promote or compute on the meta device: the rest it refuses.
+    """
     try:
-        *batch, I = x.shape
+        shape = x.shape
         H = weights[1].shape[1]
         gates = 4 * H
-        shapes: tuple[tuple[int, ...], ...] = ((gates, I), (gates, H))
-        if len(weights) == 4:
-            shapes += ((gates,), (gates,))
+        if weights[0].shape != (gates, shape[-1]) or weights[1].shape != (gates, H):
+            return False
+        if len(weights) == 4 and not weights[2].shape == weights[3].shape == (gates,):
+            return False
         if hx is not None:
-            weights, shapes = (*weights, *hx), (*shapes, (*batch, H), (*batch, H))
-        return len(batch) < 2 and _alike(x, weights, shapes) and (hx is None or isinstance(hx, (tuple, list)))
-    except (AttributeError, TypeError, ValueError):
+            h, c = hx
+            if not h.shape == c.shape == (*shape[:-1], H) or not isinstance(hx, (tuple, list)):
+                return False
+            if c.dtype is not x.dtype:
+                return False
+        cpu = x.is_cpu
+        return 0 < len(shape) < 3 and all(weight.is_cpu is cpu for weight in weights)
+    except (AttributeError, TypeError, ValueError, IndexError):
         return False
 
 

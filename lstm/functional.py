@@ -114,7 +114,11 @@ def lstm_cell(
     if transformed():
         h, c = lstm_cell_reference(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
-        h, c = torch.lstm_cell(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        try:
+            h, c = torch.lstm_cell(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        except RuntimeError:
+            check_cell(x, weights, hx)
+            raise
     return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
 
 
