@@ -5,6 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python -P
 # Where pip finds a CPU build of torch, if not by itself: make PIP_ARGS="--extra-index-url ..."
 PIP_ARGS ?=
+# More options of the command, as in: make bench ARGS=--resume
+ARGS ?=
 
 .PHONY: help bench speed check test test-all lint gpu clean
 
@@ -15,39 +17,49 @@ help:
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
 	@echo "make lint      ruff, and mypy on the installed package"
-	@echo "make gpu       on a CUDA machine with torch and triton: tests, check, speed (installs nothing else)"
+	@echo "make gpu       the CUDA tests, on a machine that has torch, triton, numpy, pytest and setuptools"
 
-# Installed, not editable: what runs is what a user gets.
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard lstm/*.py attention/*.py bench/*.py bench/*/*.py)
-	rm -rf build  # a stale one would put deleted modules into the wheel
+# Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
+# into the wheel.
+SOURCES := pyproject.toml constraints.txt $(wildcard lstm/*.py attention/*.py bench/*.py bench/*/*.py)
+define install
+	rm -rf build
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt ".[bench,test]"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt "$(1)"
 	touch $@
+endef
 
-bench: $(VENV)/installed
-	$(RUN) -m gatematch.bench answers --out $(OUT)/answers
+$(VENV)/for-bench: $(SOURCES)
+	$(call install,.[bench])
 
-speed: $(VENV)/installed
-	$(RUN) -m gatematch.bench speed --json $(OUT)/speed.json
+$(VENV)/for-test: $(SOURCES)
+	$(call install,.[bench,test])
+	touch $(VENV)/for-bench
 
-check: $(VENV)/installed
+bench: $(VENV)/for-bench
+	$(RUN) -m gatematch.bench answers --out $(OUT)/answers $(ARGS)
+
+speed: $(VENV)/for-bench
+	$(RUN) -m gatematch.bench speed --json $(OUT)/speed.json $(ARGS)
+
+check: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench check --json $(OUT)/check.json
 
-test: $(VENV)/installed
+test: $(VENV)/for-test
 	$(RUN) -m pytest -m "not slow and not gpu"
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/for-test
 	$(RUN) -m pytest -m "not gpu"
 
-lint: $(VENV)/installed
+lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m mypy -p gatematch.lstm -p gatematch.attention -p gatematch.bench
 
-# Each stage fits eight minutes; GPU_PYTHON has torch, triton, numpy, pytest and setuptools.
+# Takes nothing from a network.
 GPU_PYTHON ?= python3
 gpu:
+	rm -rf build
 	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation .
 	$(GPU_PYTHON) -P -m pytest -m gpu tests/test_gpu.py
 

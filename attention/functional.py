@@ -134,6 +134,8 @@ def _check(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | N
         elif a.shape[-1] == q.shape[-2]:
             message += "; q looks transposed: pass q.mT"
         raise ValueError(message)
+    if q.shape[-1] == 0:
+        raise ValueError(f"q must have at least one feature, D >= 1; got shape {tuple(q.shape)}")
     for name, lengths, rows, size in (("q_lengths", q_lengths, q, "Q"), ("a_lengths", a_lengths, a, "A")):
         if lengths is not None:
             _check_lengths(name, lengths, rows, size)
@@ -149,6 +151,8 @@ def _check(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | N
 def _check_rows(name: str, rows: Tensor, like: Tensor) -> None:
     if not isinstance(rows, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(rows).__name__}")
+    if rows.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be on a CPU or CUDA device; got {rows.device}")
     if rows.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16; got {rows.dtype}")
     if rows.dtype != like.dtype:
@@ -160,7 +164,7 @@ def _check_rows(name: str, rows: Tensor, like: Tensor) -> None:
 def _check_lengths(name: str, lengths: Tensor, rows: Tensor, size: str) -> None:
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of integers; got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers; got {lengths.dtype}")
     if rows.dim() == 2:
         raise ValueError(

@@ -53,6 +53,8 @@ class AttentionFeatures(nn.Module):
                 raise TypeError(f"{name} must be an int; got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        if not isinstance(shared, bool):
+            raise TypeError(f"shared must be a bool; got {type(shared).__name__}")
         self.length = length
         self.features = features
         self.shared = shared
@@ -78,8 +80,13 @@ class AttentionFeatures(nn.Module):
                 raise ValueError(
                     f"{name} must have at most length = {self.length} rows; got {rows.shape[-2]}"
                 )
-        F_q = S @ self.weight_q[:, : a.shape[-2]].mT.to(S.dtype)
-        F_a = S.mT @ self.weight_a[:, : q.shape[-2]].mT.to(S.dtype)
+        weight = self.weight_q
+        if q.device != weight.device:
+            raise ValueError(f"q must be on the device of the weights, {weight.device}; got {q.device}")
+        if q.dtype != weight.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise TypeError(f"q must have the dtype of the weights, {weight.dtype}; got {q.dtype}")
+        F_q = S @ weight[:, : a.shape[-2]].mT
+        F_a = S.mT @ self.weight_a[:, : q.shape[-2]].mT
         return F_q, F_a
 
     def extra_repr(self) -> str:

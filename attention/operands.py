@@ -6,33 +6,39 @@ Shapes: q (B, Q, D), a (B, A, D). float64 is computed in float64, everything els
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Pairs with d² <= TAU (||q||² + ||a||²) are near. A power of two, so that scaling by it rounds nothing.
-TAU = 1 / 8
 # A common offset is taken out when its square exceeds this share of the mean ||a||².
 OFFSET = 1 / 4
 
+_CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+_CUDA: Any = torch.backends.cuda.matmul
+_AS_IT_IS = contextlib.nullcontext()
 
-@contextlib.contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+
+def full_precision(device_type: str) -> contextlib.AbstractContextManager[None]:
     """Matrix products in the precision of their inputs, whatever autocast and the global switches say.
 
-    The error bound above holds for float32 products; with bfloat16 or TF32 ones S is off by up to 0.2.
+    The error bound of `tiled.py` is for float32 products; with bfloat16 or TF32 ones S is off by up to 0.2.
     """
-    backend = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    backend = _CUDA if device_type == "cuda" else _CPU
+    if backend.fp32_precision in ("ieee", "none") and not torch.is_autocast_enabled(device_type):
+        return _AS_IT_IS
+    return _full_precision(device_type, backend)
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str, backend: Any) -> Iterator[None]:
     precision = backend.fp32_precision
     reduced = precision not in ("ieee", "none")
     if reduced:
         backend.fp32_precision = "ieee"
     try:
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                yield
-        else:
+        with torch.autocast(device_type, enabled=False):
             yield
     finally:
         if reduced:
@@ -50,16 +56,15 @@ class Operands:
     Attributes:
         q, a: (B, Q, D), (B, A, D), contiguous, float32 or float64.
         q_centred, a_centred: the same less a common offset, once `centre` has found one.
-        q_near, a_near: (B, Q), (B, A), TAU times the squared norms: a pair is near up to the sum of its two.
+        q_squares, a_squares: (B, Q, 1), (B, A, 1), squared norms of the centred rows, once `measure` has run.
         q_norms, a_norms: the same, infinite in the padding.
+        sizes: (B, Q, A).
+        padded: whether lengths were given.
+        centred: whether `centre` has found an offset.
     """
 
-    q: Tensor
-    a: Tensor
-    q_centred: Tensor
-    a_centred: Tensor
-    q_near: Tensor
-    a_near: Tensor
+    q_squares: Tensor
+    a_squares: Tensor
     q_norms: Tensor
     a_norms: Tensor
 
@@ -70,26 +75,26 @@ class Operands:
         q, a = q.contiguous(), a.contiguous()
         self.q_padding = self.a_padding = None
         if q_lengths is not None:
-            self.q_padding = padding(q, q_lengths)
-            q = q.masked_fill(self.q_padding[..., None], 0)
+            self.q_padding = padding(q, q_lengths)[..., None]
+            q = q.masked_fill(self.q_padding, 0)
         if a_lengths is not None:
-            self.a_padding = padding(a, a_lengths)
-            a = a.masked_fill(self.a_padding[..., None], 0)
-        self.q, self.a = q, a
-        self.sizes = q.shape[0], q.shape[1], a.shape[1]
+            self.a_padding = padding(a, a_lengths)[..., None]
+            a = a.masked_fill(self.a_padding, 0)
+        self.q, self.a = self.q_centred, self.a_centred = q, a
+        B, Q, _ = q.shape
+        self.sizes = B, Q, a.shape[1]
         self.padded = q_lengths is not None or a_lengths is not None
-        self.searched = False
-        self._take(q, a)
+        self.measured = self.searched = self.centred = False
 
-    def _take(self, q: Tensor, a: Tensor) -> None:
-        self.q_centred, self.a_centred = q, a
-        self.q_near = torch.linalg.vector_norm(q, dim=-1).square_().mul_(TAU)
-        self.a_near = torch.linalg.vector_norm(a, dim=-1).square_().mul_(TAU)
-        self.q_norms, self.a_norms = self.q_near, self.a_near
+    def measure(self) -> None:
+        """Left to the first tile that needs it: most backward passes do without."""
+        self.measured = True
+        self.q_norms = self.q_squares = torch.linalg.vector_norm(self.q_centred, dim=2, keepdim=True).square()
+        self.a_norms = self.a_squares = torch.linalg.vector_norm(self.a_centred, dim=2, keepdim=True).square()
         if self.q_padding is not None:
-            self.q_norms = self.q_near.masked_fill(self.q_padding, torch.inf)
+            self.q_norms = self.q_squares.masked_fill(self.q_padding, torch.inf)
         if self.a_padding is not None:
-            self.a_norms = self.a_near.masked_fill(self.a_padding, torch.inf)
+            self.a_norms = self.a_squares.masked_fill(self.a_padding, torch.inf)
 
     def centre(self) -> bool:
         """Take a large common offset out of the products; the first call that finds one returns True."""
@@ -99,24 +104,10 @@ class Operands:
         # The mean of a alone: where q has another offset its distances are large and nothing cancels.
         count: Tensor | int = self.a.shape[1]
         if self.a_padding is not None:
-            count = (~self.a_padding).sum(1, keepdim=True).clamp_(min=1).to(self.a.dtype)
+            count = (~self.a_padding).sum(1).clamp_(min=1).to(self.a.dtype)
         mean = self.a.sum(1) / count  # (B, D)
-        if not (mean.square() * count).sum() * TAU > OFFSET * self.a_near.sum():
+        if not (mean.square() * count).sum() > OFFSET * torch.linalg.vector_norm(self.a).square():
             return False
-        self._take(self.q - mean[:, None], self.a - mean[:, None])
+        self.q_centred, self.a_centred = self.q - mean[:, None], self.a - mean[:, None]
+        self.centred, self.measured = True, False
         return True
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What `restore` needs, for autograd to keep."""
-        return (
-            *(self.q, self.a, self.q_centred, self.a_centred),
-            *(self.q_near, self.a_near, self.q_norms, self.a_norms),
-        )
-
-    @classmethod
-    def restore(cls, tensors: Sequence[Tensor], padded: bool) -> Operands:
-        x = cls.__new__(cls)
-        x.q, x.a, x.q_centred, x.a_centred, x.q_near, x.a_near, x.q_norms, x.a_norms = tensors
-        x.sizes = x.q.shape[0], x.q.shape[1], x.a.shape[1]
-        x.padded, x.searched = padded, True
-        return x

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from .operands import Operands, full_precision, padding
+from .operands import Operands, full_precision
 from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
 Grads = tuple[Tensor | None, ...]
@@ -34,55 +34,65 @@ def _differentiable(
     return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)
 
 
-def _save(ctx: Any, x: Operands, *others: Tensor) -> None:
-    ctx.save_for_backward(*others, *x.tensors())
-    ctx.padded = x.padded
+def _operands(ctx: Any, q: Tensor, a: Tensor) -> Operands:
+    """Those of the forward pass, made again: they cost little beside the tiles, and need not be kept."""
+    x = Operands(q, a, *ctx.lengths)
+    if ctx.centred:
+        x.centre()
+    return x
 
 
-def _saved(ctx: Any, others: int) -> tuple[Operands, tuple[Tensor, ...]]:
-    saved = ctx.saved_tensors
-    return Operands.restore(saved[others:], ctx.padded), saved[:others]
+def _values(x: Operands, v: Tensor) -> Tensor:
+    """v in the precision of the tiles, 0 past its lengths."""
+    v = v.to(x.q.dtype)
+    return v if x.a_padding is None else v.masked_fill(x.a_padding, 0)
 
 
 class PairwiseAttention(torch.autograd.Function):
+    @classmethod
+    def apply(cls, q: Tensor, a: Tensor, *lengths: Tensor | None) -> Tensor:
+        # With nothing to differentiate, autograd's own call and what it saves take a fifth of a small one.
+        if torch.is_grad_enabled() and (q.requires_grad or a.requires_grad):
+            return super().apply(q, a, *lengths)
+        with full_precision(q.device.type):
+            S = tiled.attention(Operands(q, a, *lengths))[0]
+        return S if S.dtype == q.dtype else S.to(q.dtype)
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
         with full_precision(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
-            S, found = tiled.attention(x)
-        out = S.to(q.dtype)
-        if not any(ctx.needs_input_grad):
-            return out
-        ctx.lengths = q_lengths, a_lengths
-        counts = [0 if near is None else near.place.shape[0] for near in found]
+            S, kept, found = tiled.attention(x)
+        ctx.lengths, ctx.centred = (q_lengths, a_lengths), x.centred
         # A low-precision S is rounded too far, and many near pairs would take more room than S itself.
-        if S.dtype == q.dtype and sum(counts) <= tiled.KEPT * S.numel():
-            ctx.counts = counts
-            nears = [near for near in found if near is not None]
-            place = torch.cat([near.place for near in nears]) if nears else S.new_empty(0, dtype=torch.int64)
-            distance = torch.cat([near.distance for near in nears]) if nears else S.new_empty(0)
-            _save(ctx, x, q, a, out, place, distance)
-        else:
-            ctx.counts = None
-            _save(ctx, x, q, a)
-        return out
+        if S.dtype != q.dtype or sum(tile.near for tile in kept) > tiled.KEPT * S.numel():
+            ctx.kept = None
+            ctx.save_for_backward(q, a)
+            return S.to(q.dtype)
+        ctx.kept = kept
+        near = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        ctx.save_for_backward(q, a, S, *near)
+        return S
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        x, (q, a, *kept) = _saved(ctx, 2 if ctx.counts is None else 5)
+        q, a, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> Tensor:
                 return pairwise_attention_reference(q, a, *ctx.lengths)
 
             return *_differentiable(reference, (q, a), (g,)), None, None
-        g = g.to(x.q.dtype)
         with full_precision(q.device.type):
-            if ctx.counts is None:
-                grads = tiled.backward(x, tiled.whole_rows(x.sizes), lambda block, S: g[block])
+            x = _operands(ctx, q, a)
+            if ctx.kept is None:
+                g = g.to(x.q.dtype)
+                grads = tiled.backward(x, tiled.whole_rows(x.sizes), lambda block, S: block.of_pairs(g))
             else:
-                grads = tiled.backward_from_scores(x, g, *kept, ctx.counts)
-        return grads[0].to(q.dtype), grads[1].to(q.dtype), None, None
+                S, *near = saved
+                grads = tiled.backward_from_scores(x, g, S, ctx.kept, near)
+        # Autograd itself casts gradients to the dtype of the inputs.
+        return *grads, None, None
 
 
 class PairwiseAttend(torch.autograd.Function):
@@ -98,24 +108,23 @@ class PairwiseAttend(torch.autograd.Function):
     ) -> Tensor:
         with full_precision(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
-            values = v.to(x.q.dtype)
-            if a_lengths is not None:
-                values = values.masked_fill(padding(v, a_lengths)[..., None], 0)
-            O, r = tiled.attend(x, values, normalize == "rows")
-        ctx.lengths, ctx.normalize = (q_lengths, a_lengths), normalize
-        _save(ctx, x, q, a, v, values, *(() if r is None else (O, r)))
+            O, r = tiled.attend(x, _values(x, v), normalize == "rows")
+        ctx.lengths, ctx.centred, ctx.normalize = (q_lengths, a_lengths), x.centred, normalize
+        ctx.save_for_backward(q, a, v, *(() if r is None else (O, r)))
         return O.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        x, (q, a, v, values, *normalized) = _saved(ctx, 4 if ctx.normalize is None else 6)
+        q, a, v, *normalized = ctx.saved_tensors
         if torch.is_grad_enabled():
+            q_lengths, a_lengths = ctx.lengths
 
             def reference(q: Tensor, a: Tensor, v: Tensor) -> Tensor:
-                return pairwise_attend_reference(q, a, v, *ctx.lengths, normalize=ctx.normalize)
+                return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, ctx.normalize)
 
             return *_differentiable(reference, (q, a, v), (g,)), None, None, None
-        g = g.to(x.q.dtype)
+        x = _operands(ctx, q, a)
+        g, values = g.to(x.q.dtype), _values(x, v)
         grad_v = torch.zeros_like(values)
         # O_i = sum_j S_ij v_j / r_i and r_i = sum_j S_ij, so dL/dS_ij = (g_i / r_i)·(v_j - O_i).
         mean = None
@@ -125,10 +134,9 @@ class PairwiseAttend(torch.autograd.Function):
             mean = torch.linalg.vecdot(g, O)[..., None]
 
         def upstream(block: tiled.Block, S: Tensor) -> Tensor:
-            b, i, j = block
-            grad_v[b, j].baddbmm_(S.mT, g[b, i])
-            tile = torch.bmm(g[b, i], values[b, j].mT)
-            return tile if mean is None else tile.sub_(mean[b, i])
+            block.of_a(grad_v).baddbmm_(S.mT, block.of_q(g))
+            tile = torch.bmm(block.of_q(g), block.of_a(values).mT)
+            return tile if mean is None else tile.sub_(block.of_q(mean))
 
         with full_precision(q.device.type):
             grad_q, grad_a = tiled.backward(x, tiled.squares(x.sizes), upstream)
@@ -143,24 +151,24 @@ class PairwiseSums(torch.autograd.Function):
         with full_precision(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             r, c = tiled.sums(x)
-        ctx.lengths = q_lengths, a_lengths
-        _save(ctx, x, q, a)
+        ctx.lengths, ctx.centred = (q_lengths, a_lengths), x.centred
+        ctx.save_for_backward(q, a)
         return r.to(q.dtype), c.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
-        x, (q, a) = _saved(ctx, 2)
+        q, a = ctx.saved_tensors
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> tuple[Tensor, ...]:
                 return pairwise_sums_reference(q, a, *ctx.lengths)
 
             return *_differentiable(reference, (q, a), (g_rows, g_cols)), None, None
+        x = _operands(ctx, q, a)
         g_rows, g_cols = g_rows.to(x.q.dtype), g_cols.to(x.q.dtype)
 
         def upstream(block: tiled.Block, S: Tensor) -> Tensor:
-            b, i, j = block
-            return g_rows[b, i, None] + g_cols[b, None, j]
+            return block.of_q(g_rows)[..., None] + block.of_a(g_cols)[:, None]
 
         with full_precision(q.device.type):
             grad_q, grad_a = tiled.backward(x, tiled.squares(x.sizes), upstream)

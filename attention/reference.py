@@ -1,4 +1,4 @@
-"""Pairwise attention as written, one pair at a time.
+"""Pairwise attention as written, from the difference of every pair.
 
     S[b, i, j] = 1 / (1 + d),   d = ||q[b, i] - a[b, j]||
 

@@ -26,59 +26,84 @@ else in float32. Rows past their lengths get an infinite norm: their d is infini
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .operands import TAU, Operands
+from .operands import Operands
+
+# Pairs with d² <= TAU (||q||² + ||a||²) are near.
+TAU = 1 / 8
 
 # Elements of one tile: its buffers stay in the second-level cache.
 TILE = 1 << 18
 # Side of a tile of the streaming ops: square tiles read least of q and a.
 SIDE = 512
-# With a larger share of words of eight pairs below a tile's common threshold, look for an offset, or closer.
+# Pairs are first looked at in groups of so many, most of which hold no near one.
+GROUP = 8
+# With a larger share of groups below a tile's common threshold, look for an offset, or closer.
 CROWD = 1 / 4
-# From this S on, 1 - S has lost too many digits for a gradient: such tiles compute d again.
-CLOSE = 16 / 17
+# Below this d, 1 - S has lost too many digits for a gradient: such tiles compute d again.
+CLOSE = 1 / 16
 # Near pairs are kept for the backward pass up to this share of all pairs, and searched again beyond it.
 KEPT = 1 / 8
 
-Block = tuple[slice, slice, slice]
+
+class Block(NamedTuple):
+    """The pairs of one tile: slices of the batch, of the rows of q and of those of a."""
+
+    b: slice
+    i: slice
+    j: slice
+    # Whether these are all pairs: then nothing is cut, since a view costs as much as a small operation.
+    whole: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        b, i, j, _ = self
+        return b.stop - b.start, i.stop - i.start, j.stop - j.start
+
+    def of_q(self, rows: Tensor) -> Tensor:
+        return rows if self.whole else rows[self.b, self.i]
+
+    def of_a(self, rows: Tensor) -> Tensor:
+        return rows if self.whole else rows[self.b, self.j]
+
+    def of_pairs(self, pairs: Tensor) -> Tensor:
+        return pairs if self.whole else pairs[self.b, self.i, self.j]
 
 
 class Near(NamedTuple):
-    """The near pairs of one tile: place in the tile, row in q (B*Q, D), row in a (B*A, D), distance."""
+    """The near pairs of one tile: their places in it, ascending, and their distances."""
 
     place: Tensor
-    q_row: Tensor
-    a_row: Tensor
     distance: Tensor
 
 
-def blocks(sizes: tuple[int, int, int], rows: int, cols: int) -> Iterator[Block]:
-    """Cut (B, Q, A) into tiles of rows x cols pairs; several short sentences share one."""
+def blocks(sizes: tuple[int, int, int], rows: int, cols: int) -> list[Block]:
+    """Cut (B, Q, A) into tiles of rows x cols pairs, the largest first; several short sentences share one."""
     B, Q, A = sizes
-    if B * Q * A == 0:
-        return
-    batch = max(1, TILE // (Q * A)) if rows >= Q and cols >= A else 1
-    for b in range(0, B, batch):
-        for i in range(0, Q, rows):
-            for j in range(0, A, cols):
-                yield slice(b, min(b + batch, B)), slice(i, min(i + rows, Q)), slice(j, min(j + cols, A))
+    pairs = B * Q * A
+    rows, cols = min(rows, Q), min(cols, A)
+    if pairs <= TILE and rows == Q and cols == A:
+        return [Block(slice(0, B), slice(0, Q), slice(0, A), True)] if pairs else []
+    batch = max(1, TILE // (Q * A)) if rows == Q and cols == A else 1
+    return [
+        Block(slice(b, min(b + batch, B)), slice(i, min(i + rows, Q)), slice(j, min(j + cols, A)), False)
+        for b in range(0, B, batch)
+        for i in range(0, Q, rows)
+        for j in range(0, A, cols)
+    ]
 
 
-def shape(block: Block) -> tuple[int, ...]:
-    return tuple(side.stop - side.start for side in block)
-
-
-def whole_rows(sizes: tuple[int, int, int]) -> Iterator[Block]:
+def whole_rows(sizes: tuple[int, int, int]) -> list[Block]:
     """Tiles that are each one piece of S, computed in place."""
     return blocks(sizes, max(64, TILE // max(1, sizes[2])), sizes[2])
 
 
-def squares(sizes: tuple[int, int, int]) -> Iterator[Block]:
+def squares(sizes: tuple[int, int, int]) -> list[Block]:
     return blocks(sizes, SIDE, SIDE)
 
 
@@ -89,94 +114,121 @@ class Workspace:
         self.like = like
         self.buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        size = math.prod(shape)
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape[0] < size:
-            # Whole words of eight, for the flags of near_pairs.
-            buffer = self.like.new_empty(-(-size // 8) * 8, dtype=dtype or self.like.dtype)
-            self.buffers[name] = buffer
-        return buffer[:size].view(shape)
+        if buffer is None or buffer.numel() < math.prod(shape):
+            buffer = self.buffers[name] = self.like.new_empty(shape)
+            return buffer
+        return buffer if buffer.shape == shape else buffer.view(-1)[: math.prod(shape)].view(shape)
+
+
+def pair_rows(x: Operands, block: Block, place: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in q (B*Q, D) and in a (B*A, D) of the pairs at these places of a tile."""
+    (_, Q, A), (_, rows, cols) = x.sizes, block.shape
+    line = place // cols  # batch in the tile * rows + row in the tile
+    batch = line // rows
+    q_row = line + (batch * (Q - rows) + (block.b.start * Q + block.i.start))
+    a_row = place - line * cols + (batch * A + (block.b.start * A + block.j.start))
+    return q_row, a_row
 
 
 def differences(x: Operands, q_row: Tensor, a_row: Tensor) -> Tensor:
-    """q - a (n, D) for n pairs given by their rows in (B*Q, D) and (B*A, D)."""
+    """q - a (n, D) for the n pairs of these rows."""
     D = x.q.shape[2]
     return x.q.view(-1, D).index_select(0, q_row).sub_(x.a.view(-1, D).index_select(0, a_row))
 
 
-def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> Near | None:
-    """Fill `out` with the distances of one tile; returns its near pairs."""
-    b, i, j = block
-    torch.add(x.q_norms[b, i, None], x.a_norms[b, None, j], out=out)
-    out.baddbmm_(x.q_centred[b, i], x.a_centred[b, j].mT, beta=1 / TAU, alpha=-2)
-    bound = x.q_near[b, i].max().item() + x.a_near[b, j].max().item()
+def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[float, Near | None]:
+    """Fill `out` with the distances of one tile; returns what all but the near pairs exceed, and those."""
+    if not x.measured:
+        x.measure()
+    torch.add(block.of_q(x.q_norms), block.of_a(x.a_norms).mT, out=out)
+    out.baddbmm_(block.of_q(x.q_centred), block.of_a(x.a_centred).mT, alpha=-2)
+    q_squares, a_squares = block.of_q(x.q_squares), block.of_a(x.a_squares)
+    bound = TAU * (q_squares.max().item() + a_squares.max().item())
+    floor = out.amin().item()
     near = None
     # One look at the smallest d² spares most tiles of unrelated rows the search.
-    if not out.amin().item() > bound:
+    if not floor > bound:
         # A few pairs that are not near do no harm: the tile's largest threshold serves for all of them,
         # unless it lets many through. A NaN, from norms that overflow, asks for the difference too.
-        mark = work.take("mark", out.shape, torch.bool)
-        words = marked_words(torch.le(out, bound, out=mark), work) if math.isfinite(bound) else None
-        if words is None or words.shape[0] * 8 > CROWD * out.numel():
-            if x.centre():
-                return distances(x, block, work, out)
-            threshold = torch.add(
-                x.q_near[b, i, None], x.a_near[b, None, j], out=work.take("threshold", out.shape)
-            )
-            words = marked_words(torch.gt(out, threshold, out=mark).logical_not_(), work)
-        near = near_pairs(x, block, words, work)
+        groups = groups_within(out, bound) if math.isfinite(bound) else None
+        if groups is not None and groups.shape[0] * GROUP <= CROWD * out.numel():
+            floor, near = bound, near_pairs(x, block, places_within(out, groups, bound))
+        elif x.centre():
+            return distances(x, block, work, out)
+        else:
+            threshold = torch.add(q_squares, a_squares.mT, out=work.take("threshold", out.shape)).mul_(TAU)
+            floor = threshold.amin().item()
+            over = torch.sub(out, threshold, out=threshold)
+            near = near_pairs(x, block, places_within(over, groups_within(over, 0), 0))
     out.sqrt_()
     if near is not None:
-        out.view(-1)[near.place] = near.distance
-    return near
+        out.view(-1).index_copy_(0, near.place, near.distance)
+    return max(floor, 0) ** 0.5, near
 
 
-def marked_words(mark: Tensor, work: Workspace) -> Tensor:
-    """Where the flags in the workspace's buffer "mark", of which `mark` is the used part, are not all False.
+def groups_within(values: Tensor, bound: float) -> Tensor:
+    """The groups in which not all values exceed the bound.
 
-    Eight flags at a time, since most words hold none: several times faster than mark.nonzero().
+    Group n holds the values at n, n + N, n + 2N, ... for N groups, so that its minimum is one of vectors;
+    what is left over at the end is in none. Several times faster than looking for single values.
     """
-    flags = work.buffers["mark"][: -(-mark.numel() // 8) * 8]
-    flags[mark.numel() :] = False
-    return flags.view(torch.int64).nonzero().squeeze(1)
+    N = values.numel() // GROUP
+    smallest = values.view(-1)[: N * GROUP].view(GROUP, N).amin(0)
+    return torch.gt(smallest, bound).logical_not_().nonzero().squeeze(1)
 
 
-def near_pairs(x: Operands, block: Block, words: Tensor, work: Workspace) -> Near | None:
-    """The pairs of a tile marked in these words, with their distances from the differences."""
-    if words.shape[0] == 0:
+def places_within(values: Tensor, groups: Tensor, bound: float) -> Tensor:
+    """Where in these groups, or in none, values do not exceed the bound, in ascending order."""
+    values = values.view(-1)
+    N = values.shape[0] // GROUP
+    found = values[: N * GROUP].view(GROUP, N).index_select(1, groups)
+    turn, column = torch.gt(found, bound).logical_not_().nonzero().unbind(1)
+    place = groups.index_select(0, column).add_(turn, alpha=N)
+    if values.shape[0] == N * GROUP:
+        return place
+    rest = torch.gt(values[N * GROUP :], bound).logical_not_().nonzero().squeeze(1)
+    return torch.cat([place, rest + N * GROUP])
+
+
+def near_pairs(x: Operands, block: Block, place: Tensor) -> Near | None:
+    """The pairs at these places of a tile, with their distances from the differences."""
+    if place.shape[0] == 0:
         return None
-    inner = work.buffers["mark"].view(-1, 8)[words].nonzero()
-    place = words[inner[:, 0]].mul_(8).add_(inner[:, 1])
-    b, i, j = block
-    (_, Q, A), (_, rows, cols) = x.sizes, shape(block)
-    line = place // cols  # batch in the tile * rows + row in the tile
-    batch = line // rows
-    q_row = line + (batch * (Q - rows) + (b.start * Q + i.start))
-    a_row = place - line * cols + (batch * A + (b.start * A + j.start))
-    return Near(place, q_row, a_row, torch.linalg.vector_norm(differences(x, q_row, a_row), dim=-1))
+    return Near(place, torch.linalg.vector_norm(differences(x, *pair_rows(x, block, place)), dim=1))
 
 
-def attention(x: Operands) -> tuple[Tensor, list[Near | None]]:
-    """S (B, Q, A), and the near pairs of each of its tiles, their places counted from the start of S."""
+class Kept(NamedTuple):
+    """What S keeps of one tile for its backward pass."""
+
+    block: Block
+    near: int  # how many near pairs
+    close: bool  # whether others are close, too
+
+
+def attention(x: Operands) -> tuple[Tensor, list[Kept], list[Near]]:
+    """S (B, Q, A), what it keeps of each tile, and the near pairs of those that have any."""
     S = x.q.new_empty(x.sizes)
     work = Workspace(x.q)
-    found = []
+    kept, found = [], []
     for block in whole_rows(x.sizes):
-        tile = S[block]
-        near = distances(x, block, work, tile)
-        found.append(near and near._replace(place=near.place + tile.storage_offset()))
-        torch.reciprocal(tile.add_(1), out=tile)
-    return S, found
+        tile = block.of_pairs(S)
+        floor, near = distances(x, block, work, tile)
+        tile.add_(1).reciprocal_()
+        kept.append(Kept(block, 0 if near is None else near.place.shape[0], not floor >= CLOSE))
+        if near is not None:
+            found.append(near)
+    return S, kept, found
 
 
 def score_tiles(x: Operands) -> Iterator[tuple[Block, Tensor]]:
     """S one tile at a time, each gone with the next."""
     work = Workspace(x.q)
     for block in squares(x.sizes):
-        tile = work.take("scores", shape(block))
+        tile = work.take("scores", block.shape)
         distances(x, block, work, tile)
-        torch.reciprocal(tile.add_(1), out=tile)
+        tile.add_(1).reciprocal_()
         yield block, tile
 
 
@@ -185,10 +237,10 @@ def attend(x: Operands, v: Tensor, normalized: bool) -> tuple[Tensor, Tensor | N
     B, Q, _ = x.sizes
     O = x.q.new_zeros(B, Q, v.shape[2])
     r = x.q.new_zeros(B, Q) if normalized else None
-    for (b, i, j), S in score_tiles(x):
-        O[b, i].baddbmm_(S, v[b, j])
+    for block, S in score_tiles(x):
+        block.of_q(O).baddbmm_(S, block.of_a(v))
         if r is not None:
-            r[b, i] += S.sum(2)
+            block.of_q(r).add_(S.sum(2))
     if r is not None:
         r.masked_fill_(r == 0, 1)
         O /= r[..., None]
@@ -199,9 +251,9 @@ def sums(x: Operands) -> tuple[Tensor, Tensor]:
     """Row sums (B, Q) and column sums (B, A) of S."""
     B, Q, A = x.sizes
     r, c = x.q.new_zeros(B, Q), x.q.new_zeros(B, A)
-    for (b, i, j), S in score_tiles(x):
-        r[b, i] += S.sum(2)
-        c[b, j] += S.sum(1)
+    for block, S in score_tiles(x):
+        block.of_q(r).add_(S.sum(2))
+        block.of_a(c).add_(S.sum(1))
     return r, c
 
 
@@ -210,86 +262,89 @@ class Gradients:
 
     def __init__(self, x: Operands) -> None:
         self.x = x
-        # The first product of each overwrites it.
         make = torch.empty_like if math.prod(x.sizes) else torch.zeros_like
         self.q, self.a = make(x.q), make(x.a)
 
     def add_far(self, block: Block, k: Tensor) -> None:
-        b, i, j = block
-        q, a = self.x.q_centred[b, i], self.x.a_centred[b, j]
-        grad_q = self.q[b, i].baddbmm_(k, a, beta=int(j.start > 0))
-        grad_q.addcmul_(q, k.sum(2, keepdim=True), value=-1)
-        grad_a = self.a[b, j].baddbmm_(k.mT, q, beta=int(i.start > 0))
-        grad_a.addcmul_(a, k.sum(1)[..., None], value=-1)
+        q, a = block.of_q(self.x.q_centred), block.of_a(self.x.a_centred)
+        self._add(block.of_q(self.q), q, k, a, block.j.start == 0)
+        self._add(block.of_a(self.a), a, k.mT, q, block.i.start == 0)
 
-    def add_near(self, q_row: Tensor, a_row: Tensor, d: Tensor, g: Tensor) -> None:
-        D = self.q.shape[2]
-        k = g / (d * (1 + d).square())
+    @staticmethod
+    def _add(grad: Tensor, rows: Tensor, k: Tensor, others: Tensor, first: bool) -> None:
+        """``grad += k @ others - rows * k.sum(2)``; the first tile of a row overwrites what was there."""
+        weight = k.sum(2, keepdim=True)
+        if first:
+            torch.mul(rows, weight, out=grad).baddbmm_(k, others, beta=-1)
+        else:
+            grad.addcmul_(rows, weight, value=-1).baddbmm_(k, others)
+
+    def add_near(self, block: Block, place: Tensor, distance: Tensor, g: Tensor) -> None:
+        """Add what the near pairs of a tile contribute, g (b, rows, cols) upstream."""
+        apart = (distance > 0).nonzero().squeeze(1)
+        if apart.shape[0] == 0:
+            return
+        place, d = place.index_select(0, apart), distance.index_select(0, apart)
+        q_row, a_row = pair_rows(self.x, block, place)
+        k = g.reshape(-1).index_select(0, place) / (d * (1 + d).square())
         step = differences(self.x, q_row, a_row).mul_(k[:, None])
+        D = self.q.shape[2]
         self.q.view(-1, D).index_add_(0, q_row, step, alpha=-1)
         self.a.view(-1, D).index_add_(0, a_row, step)
 
 
 def backward(
-    x: Operands, tiles: Iterator[Block], upstream: Callable[[Block, Tensor], Tensor]
+    x: Operands, tiles: list[Block], upstream: Callable[[Block, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """dL/dq and dL/da from g = dL/dS, which `upstream` gives for a block and its S."""
     gradients = Gradients(x)
     work = Workspace(x.q)
     for block in tiles:
-        d = work.take("distances", shape(block))
-        near = distances(x, block, work, d)
+        d = work.take("distances", block.shape)
+        _, near = distances(x, block, work, d)
         t = torch.add(d, 1, out=work.take("t", d.shape))
         g = upstream(block, torch.reciprocal(t, out=work.take("scores", d.shape))).expand(d.shape)
         k = torch.div(g, t.square_().mul_(d), out=t)
         # Padding has S = 0, where the upstream gradient may be infinite, as that of log S is.
         k.masked_fill_(d.isinf(), 0)
         if near is not None:
-            k.view(-1)[near.place] = 0
+            k.view(-1).index_fill_(0, near.place, 0)
         gradients.add_far(block, k)
         if near is not None:
-            apart = (near.distance > 0).nonzero().squeeze(1)
-            gradients.add_near(
-                near.q_row[apart], near.a_row[apart], near.distance[apart], g.reshape(-1)[near.place[apart]]
-            )
+            gradients.add_near(block, near.place, near.distance, g)
     return gradients.q, gradients.a
 
 
 def backward_from_scores(
-    x: Operands, g: Tensor, S: Tensor, place: Tensor, distance: Tensor, counts: list[int]
+    x: Operands, g: Tensor, S: Tensor, kept: list[Kept], near: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """dL/dq and dL/da, reading the distances from S.
 
-    The near pairs, `counts` of them in each tile in turn, are given by their places in S and distances.
+    `kept` is from `attention`; `near`, where there are near pairs, holds the fields of `Near` for all tiles
+    in turn.
     """
     gradients = Gradients(x)
-    work = Workspace(x.q)
+    t = k = S[:0]
     start = 0
-    for block, count in zip(whole_rows(x.sizes), counts, strict=True):
-        tile = S[block]
-        near = place[start : start + count] - tile.storage_offset()
-        start += count
-        t = torch.sub(1, tile, out=work.take("t", tile.shape))
-        if count:
-            t.view(-1)[near] = 1
-        k = work.take("k", tile.shape)
-        if t.amin().item() > 1 - CLOSE:
-            torch.mul(tile, tile, out=k).mul_(tile).div_(t)
-        else:
-            distances(x, block, work, t)
+    for block, count, close in kept:
+        tile = block.of_pairs(S)
+        # All tiles but the last have one shape, and share two buffers.
+        if t.shape != tile.shape:
+            t, k = torch.empty_like(tile), torch.empty_like(tile)
+        if close:
+            distances(x, block, Workspace(x.q), t)
             torch.add(t, 1, out=k).square_().mul_(t).reciprocal_()
-        k.mul_(g[block])
+        else:
+            torch.pow(tile, 3, out=k).div_(torch.sub(1, tile, out=t))
+        k.mul_(block.of_pairs(g))
         # Padding has S = 0, where the upstream gradient may be infinite, as that of log S is.
         if x.padded:
             k.masked_fill_(tile == 0, 0)
         if count:
-            k.view(-1)[near] = 0
+            place, distance = (field[start : start + count] for field in near)
+            start += count
+            k.view(-1).index_fill_(0, place, 0)
         gradients.add_far(block, k)
-    apart = (distance > 0).nonzero().squeeze(1)
-    if apart.shape[0]:
-        _, Q, A = x.sizes
-        place = place[apart]
-        q_row = place // A
-        a_row = place - q_row * A + (q_row // Q) * A
-        gradients.add_near(q_row, a_row, distance[apart], g.reshape(-1)[place])
+        if count:
+            gradients.add_near(block, place, distance, block.of_pairs(g))
     return gradients.q, gradients.a

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(f'gatematch-bench needs {missing.name}: pip install "gatematch[bench]"') from None
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +54,7 @@ def answers(
     test: Annotated[Path | None, typer.Option(help="TSV to report on; default: split off data.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each model.")] = 8,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of weights, order, dropout; the splits do not change.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order, dropout; the splits do not change.")
     ] = 0,
     device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
     threads: Annotated[
@@ -69,8 +72,8 @@ def answers(
     from gatematch.bench.answers.model import Settings
     from gatematch.bench.answers.run import Interrupted, Options, run
 
-    options = Options(data, dev, test, epochs, device, threads, out, json, resume)
     with one_sentence_errors():
+        options = Options(data, dev, test, epochs, usable_device(device), threads, out, json, resume)
         try:
             run(options, Settings(seed=seed), Console())
         except Interrupted as interruption:
@@ -88,10 +91,10 @@ def check(device: Device = "cpu", json: Json = None) -> None:
     from gatematch.bench.check import check_table, failed, run_check
 
     with one_sentence_errors():
-        where = usable_device(device)
+        where = ready(device, json)
         rows = run_check(where)
-        save(json, where, rows)
     show(check_table(rows))
+    save(json, where, rows)
     if bad := failed(rows):
         typer.echo(f"{len(bad)} of {len(rows)} are past their bound", err=True)
         raise typer.Exit(1)
@@ -112,12 +115,12 @@ def speed(
     from gatematch.bench.speed import run_speed, speed_summary, speed_table
 
     with one_sentence_errors():
-        where = usable_device(device)
+        where = ready(device, json)
         rows = run_speed(where, filter, seconds, compiled)
-        save(json, where, rows)
     show(speed_table(rows))
     for line in speed_summary(rows):
         typer.echo(line)
+    save(json, where, rows)
 
 
 def show(table: Table) -> None:
@@ -127,11 +130,22 @@ def show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
+def ready(device: str, json: Path | None) -> torch.device:
+    """The device, when it and the results file can be used."""
+    from gatematch.bench.results import writable
+
+    if json is not None:
+        writable("--json", json)
+    return usable_device(device)
+
+
 def usable_device(name: str) -> torch.device:
     import torch
 
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 from rich.table import Table
@@ -76,11 +77,16 @@ def _row(
         "case": case,
         "setting": setting,
         "dtype": str(dtype).removeprefix("torch."),
-        "error": max(_error(x, y, absolute) for x, y in zip(got, want, strict=True)),
+        "error": largest(_error(x, y, absolute) for x, y in zip(got, want, strict=True)),
         "bound": bounds[0],
-        "gradient_error": max(_error(x, y, False) for x, y in zip(grads, true_grads, strict=True)),
+        "gradient_error": largest(_error(x, y, False) for x, y in zip(grads, true_grads, strict=True)),
         "gradient_bound": bounds[1],
     }
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest; NaN if any is (Python's max loses a NaN that does not come first)."""
+    return float(np.max(list(errors)))
 
 
 def _error(got: Tensor, want: Tensor, absolute: bool) -> float:

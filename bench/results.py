@@ -27,7 +27,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout in the current folder, with ``+`` when it has uncommitted changes."""
+    """The commit of gatematch's checkout in the current folder, with ``+`` for uncommitted changes."""
+    project = Path("pyproject.toml")
+    if not project.exists() or 'name = "gatematch"' not in project.read_text():
+        return None
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
         if head.returncode:
@@ -74,6 +77,24 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def writable(option: str, path: Path) -> None:
+    """Find out before hours of work, not after, that a results file cannot be written.
+
+    Raises:
+        ValueError: naming the option, if `path` is a folder or nothing can be created beside it.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file; got the folder {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} must be a file that can be written; got {path}: {error.strerror}"
+        ) from None
+
+
 def write_results(path: Path, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a results file in one step: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +118,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"results file {path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"results file {path} is not JSON: {error}") from None
-    if not isinstance(results, dict) or not {"meta", "rows"} <= results.keys():
-        raise ValueError(f'results file {path} must hold {{"meta": ..., "rows": [...]}}')
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "case" in row for row in rows):
+        raise ValueError(f'results file {path} must hold {{"meta": ..., "rows": [{{"case": ...}}, ...]}}')
     return results

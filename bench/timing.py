@@ -33,9 +33,12 @@ def measure(
         repeats[name] = max(1, min(200, int(1e-3 / min(sample(function, 1) for _ in range(3)))))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
-    while len(samples[next(iter(samples))]) < 7 or time.perf_counter() < end:
-        for name, function in functions.items():
-            samples[name].append(sample(function, repeats[name]))
+    # Whoever follows a function finds the caches as that one left them: a new order every round.
+    shuffle = np.random.default_rng(0).permutation
+    names = list(functions)
+    while len(samples[names[0]]) < 7 or time.perf_counter() < end:
+        for name in shuffle(names).tolist():
+            samples[name].append(sample(functions[name], repeats[name]))
     return {name: np.array(times) for name, times in samples.items()}
 
 

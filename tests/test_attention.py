@@ -438,11 +438,6 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
             "a must have the dtype of q, torch.float32; got",
         ),
         (
-            lambda: pairwise_attention(q0, a0.to("meta")),
-            ValueError,
-            "a must be on the device of q, cpu; got meta",
-        ),
-        (
             lambda: pairwise_attention(q0[0, 0], a0),
             ValueError,
             r"q must have shape \(B, Q, D\) or \(Q, D\); got \(4,\)",
@@ -495,6 +490,23 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
         ),
         (lambda: AttentionFeatures(4, 4)(q0, a0), ValueError, "a must have at most length = 4 rows; got 5"),
         (lambda: AttentionFeatures(0, 4), ValueError, "length must be at least 1; got 0"),
+        (
+            lambda: AttentionFeatures(5, 4)(q0.double(), a0.double()),
+            TypeError,
+            "q must have the dtype",
+        ),
+        (lambda: AttentionFeatures(5, 4, device="meta")(q0, a0), ValueError, "of the weights, meta; got cpu"),
+        (lambda: AttentionFeatures(4, 4, shared="no"), TypeError, "shared must be a bool; got str"),
+        (
+            lambda: pairwise_attention(q0.to("meta"), a0),
+            ValueError,
+            "q must be on a CPU or CUDA device",
+        ),
+        (
+            lambda: pairwise_attention(q0[..., :0], a0[..., :0]),
+            ValueError,
+            "q must have at least one",
+        ),
         (lambda: AttentionFeatures(4, 4.0), TypeError, "features must be an int; got float"),
     ],
 )

@@ -1,12 +1,14 @@
 """The benchmark's own machinery: cases, errors, timing, results files and the commands."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from gatematch.attention import pairwise_sums
 from gatematch.bench import cases, check, speed
 from gatematch.bench.__main__ import app
 from gatematch.bench.plots import draw
@@ -58,6 +60,59 @@ def test_a_wrong_result_of_ours_is_marked_not_timed(monkeypatch):
     (row, _) = speed.run_speed(CPU, seconds=0.0, compiled=False)
     assert row["ours"]["status"] == "wrong" and "median" not in row["ours"]
     assert any("WRONG" in line for line in speed.speed_summary([row]))
+
+
+def test_wrong_gradients_of_ours_are_marked_not_timed(monkeypatch):
+    monkeypatch.setattr(speed, "CASES", SMALL[:1])
+
+    def scaled(q, a):
+        S = cases.cdist_exact(q, a)
+        return S.detach() + 2 * (S - S.detach())
+
+    monkeypatch.setattr(cases, "pairwise_attention", scaled)
+    forward, both = speed.run_speed(CPU, seconds=0.0, compiled=False)
+    assert forward["ours"]["status"] == "timed" and both["ours"]["status"] == "wrong"
+
+
+def test_a_slower_peer_has_a_ratio_above_one(monkeypatch):
+    def slow(q, a):
+        time.sleep(0.002)
+        return cases.cdist_exact(q, a)
+
+    monkeypatch.setattr(speed, "CASES", SMALL[:1])
+    monkeypatch.setattr(cases, "broadcast", slow)
+    row, _ = speed.run_speed(CPU, seconds=0.0, compiled=False)
+    assert row["peers"]["broadcast"]["ratio"] > 2 and row["peers"]["broadcast"]["median"] > 2  # ms
+
+
+def test_data_of_the_cases():
+    q, a = cases.rows(SMALL[2], CPU, "offset")
+    assert 8 < q.mean() < 12 and 8 < a.mean() < 12
+    q, a = cases.rows(SMALL[1], CPU, "text")
+    equal = (q[:, :, None] == a[:, None]).all(-1).float().mean()
+    assert 0.002 < equal < 0.06  # about 1.6% of pairs in text of this vocabulary
+    assert cases.rows(SMALL[0], CPU, "random")[0].mean().abs() < 0.5
+
+
+def test_bounds_are_those_of_the_contract():
+    assert check.SCORE[torch.float32] == 1e-6 and cases.build(SMALL[0], CPU, False).bound == 1e-6
+    assert check.SCORE[torch.bfloat16] < 2.1e-3 and check.SCORE[torch.float16] < 2.6e-4
+    assert check.RELATIVE[torch.float32] <= 1e-5 and check.RECURRENT[torch.float32] <= 1e-5
+    assert cases.build(SMALL[3], CPU, False).bound <= 1e-5
+
+
+def test_check_sees_a_nan_in_the_last_gradient(monkeypatch):
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+
+    def poisoned(q, a):
+        a = a.clone()
+        if a.requires_grad:
+            a.register_hook(lambda grad: grad * float("nan"))
+        return pairwise_sums(q, a)
+
+    monkeypatch.setattr(check, "pairwise_sums", poisoned)
+    (row,) = check.failed(check.run_check(CPU))
+    assert row["case"] == "pairwise/sums"
 
 
 def test_compiled_peers_say_why_they_are_missing(monkeypatch):
@@ -121,6 +176,12 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
     broken.write_text("{")
     no_rows = tmp_path / "list.json"
     no_rows.write_text("[]")
+    wrong_rows = tmp_path / "rows.json"
+    wrong_rows.write_text('{"meta": {}, "rows": [1]}')
+    no_peers = tmp_path / "check.json"
+    no_peers.write_text('{"meta": {}, "rows": [{"case": "lstm/LSTM"}]}')
+    no_ours = tmp_path / "speed.json"
+    no_ours.write_text('{"meta": {}, "rows": [{"case": "lstm/x", "peers": {}}]}')
     for arguments, words in (
         (("speed", "--filter", "nothing-like-it"), "filter must match a case"),
         (("speed", "--filter", "("), "filter must be a regular expression"),
@@ -128,6 +189,12 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         (("plot", tmp_path / "none.json"), "does not exist"),
         (("plot", broken), "is not JSON"),
         (("plot", no_rows), "must hold"),
+        (("plot", wrong_rows), "must hold"),
+        (("plot", no_peers), "must come from answers or speed"),
+        (("plot", no_ours), "lacks what a picture needs"),
+        (("check", "--device", "meta"), "only cpu and cuda"),
+        (("check", "--json", tmp_path), "--json must be a file; got the folder"),
+        (("speed", "--json", broken / "x.json"), "--json must be a file that can be written"),
     ):
         code, output = run(*arguments)
         assert code == 2 and words in output.replace("\n", " "), output

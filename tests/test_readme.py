@@ -21,3 +21,7 @@ def test_example_runs(code):
 def test_its_pictures_and_links_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"^[A-Z]{4,}$", README.read_text(), re.MULTILINE)
