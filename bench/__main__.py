@@ -178,5 +178,16 @@ def plot(
             typer.echo(path)
 
 
+@app.command()
+def table(
+    results: Annotated[Path, typer.Argument(help="A results file of `answers` or `speed`.")],
+) -> None:
+    """Print a results file as a Markdown table."""
+    from gatematch.bench.markdown import markdown
+
+    with one_sentence_errors():
+        typer.echo(markdown(results))
+
+
 if __name__ == "__main__":
     sys.exit(app())

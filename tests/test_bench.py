@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from gatematch.attention import pairwise_sums
 from gatematch.bench import cases, check, speed
 from gatematch.bench.__main__ import app
+from gatematch.bench.markdown import markdown
 from gatematch.bench.plots import draw
 from gatematch.bench.results import describe_machine, read_results, write_results
 from gatematch.bench.timing import measure, peak_bytes
@@ -50,6 +51,9 @@ def test_speed_rows_hold_times_errors_and_ratios(rows, tmp_path):
     path = tmp_path / "deep" / "speed.json"
     write_results(path, describe_machine(CPU), rows)
     assert [p.name for p in draw(path, tmp_path)] == ["speed.svg", "speed.png"]
+    table = markdown(path).splitlines()
+    assert len([line for line in table if line.startswith("| pairwise/")]) == 3
+    assert "wrong" in next(line for line in table if "tiny, text" in line)
     assert speed.speed_table(rows).row_count == len(rows)
     assert any("torch.nn.LSTM:" in line for line in speed.speed_summary(rows))
 
@@ -181,7 +185,9 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
     no_peers = tmp_path / "check.json"
     no_peers.write_text('{"meta": {}, "rows": [{"case": "lstm/LSTM"}]}')
     no_ours = tmp_path / "speed.json"
-    no_ours.write_text('{"meta": {}, "rows": [{"case": "lstm/x", "peers": {}}]}')
+    no_ours.write_text(
+        '{"meta": {}, "rows": [{"case": "lstm/x", "peers": {}}, {"case": "lstm/x", "peers": {}}]}'
+    )
     for arguments, words in (
         (("speed", "--filter", "nothing-like-it"), "filter must match a case"),
         (("speed", "--filter", "("), "filter must be a regular expression"),
@@ -192,6 +198,8 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         (("plot", wrong_rows), "must hold"),
         (("plot", no_peers), "must come from answers or speed"),
         (("plot", no_ours), "lacks what a picture needs"),
+        (("table", no_peers), "must come from answers or speed"),
+        (("table", no_ours), "lacks what a table needs"),
         (("check", "--device", "meta"), "only cpu and cuda"),
         (("check", "--json", tmp_path), "--json must be a file; got the folder"),
         (("speed", "--json", broken / "x.json"), "--json must be a file that can be written"),
