@@ -62,8 +62,8 @@ class Spec(NamedTuple):
         )
 
     @classmethod
-    def of_params(cls, params: Mapping[str, Tensor]) -> "Spec":
-        """The sizes that a mapping named as torch.nn.LSTM's state_dict implies."""
+    def of_params(cls, params: Mapping[str, Tensor], x: Any = None) -> "Spec":
+        """The sizes that a mapping named as torch.nn.LSTM's state_dict implies; x helps where it is wrong."""
         if not isinstance(params, Mapping):
             raise TypeError(f"params: expected a mapping from names to tensors, got {type(params).__name__}")
         for name in ("weight_ih_l0", "weight_hh_l0"):
@@ -72,19 +72,19 @@ class Spec(NamedTuple):
         for name in ("weight_ih_l0", "weight_hh_l0", "weight_hr_l0"):
             if name in params:
                 check_matrix(name, params[name])
-        # The longer side of weight_hh is 4H, so that a transposed weight is still recognised for what it is.
-        hidden_size = max(params["weight_hh_l0"].shape) // 4
-        rows, columns = params["weight_ih_l0"].shape
+        projected = "weight_hr_l0" in params
+        x = x.data if isinstance(x, PackedSequence) else x
+        input_size, hidden_size = _sizes(x, params["weight_ih_l0"], params["weight_hh_l0"], projected)
         num_layers = 1
         while f"weight_ih_l{num_layers}" in params:
             num_layers += 1
         spec = cls.of_sizes(
-            columns if rows == 4 * hidden_size else rows,
+            input_size,
             hidden_size,
             num_layers,
             "bias_ih_l0" in params,
             "weight_ih_l0_reverse" in params,
-            min(params["weight_hr_l0"].shape) if "weight_hr_l0" in params else 0,
+            min(params["weight_hr_l0"].shape) if projected else 0,
         )
         if params.keys() != set(spec.names):
             missing = [name for name in spec.names if name not in params]
@@ -114,14 +114,15 @@ def fits(x: Any, weights: list[Tensor], spec: Spec, hx: State | None, batch_firs
             h_shape, c_shape = spec.state_shapes(None if len(shape) == 2 else shape[0 if batch_first else 1])
             weights, shapes = [*weights, *hx], (*shapes, h_shape, c_shape)
         return _alike(x, weights, shapes) and (hx is None or isinstance(hx, (tuple, list)))
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, IndexError, TypeError, ValueError):
         return False
 
 
 def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
     """Whether the shapes are those of a plain call of the cell, weights and biases in torch's order.
 
-    Only what torch's op would broadcast, promote or compute on the meta device: the rest it refuses.
+    Only what torch's op would broadcast, promote or compute, on the meta device or in complex numbers: the
+    rest it refuses.
     """
     try:
         shape = x.shape
@@ -138,7 +139,9 @@ def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
             if c.dtype is not x.dtype:
                 return False
         cpu = x.is_cpu
-        return 0 < len(shape) < 3 and all(weight.is_cpu is cpu for weight in weights)
+        if not x.is_floating_point() or not 0 < len(shape) < 3:
+            return False
+        return all(weight.is_cpu is cpu for weight in weights)
     except (AttributeError, TypeError, ValueError, IndexError):
         return False
 
@@ -162,7 +165,7 @@ def check_call(
     hx: State | None,
     batch_first: bool,
 ) -> None:
-    """Raise TypeError or ValueError, in one sentence, unless this is a call that the LSTM can answer."""
+    """Raise an error, in one sentence, unless this is a call that the LSTM can answer."""
     ranks: tuple[int, ...] = (2, 3)
     if isinstance(x, PackedSequence):
         B = int(x.batch_sizes[0])
@@ -173,7 +176,8 @@ def check_call(
         data = x
         expected = f"shape ({order}, {spec.input_size}) or (T, {spec.input_size})"
     if data.dim() not in ranks or data.shape[-1] != spec.input_size:
-        hint = "; it looks transposed" if spec.input_size in data.shape[:-1] and data.dim() in ranks else ""
+        transposed = data is x and data.dim() in ranks and spec.input_size in data.shape[:-1]
+        hint = "; it looks transposed" if transposed else ""
         raise ValueError(f"x: expected {expected}, got {tuple(data.shape)}{hint}")
     check_floating("x", data)
     for name, weight, shape in zip(spec.names, weights, spec.shapes, strict=True):
@@ -187,7 +191,8 @@ def check_call(
         batched = x.dim() == 3
         T, B = (x.shape[1], x.shape[0]) if batched and batch_first else (x.shape[0], x.shape[1])
         if T == 0:
-            raise ValueError(f"x: expected at least one time step, got T = 0 in shape {tuple(x.shape)}")
+            # Not ValueError: code written for torch.nn.LSTM catches the RuntimeError that it raises here.
+            raise RuntimeError(f"x: expected at least one time step, got T = 0 in shape {tuple(x.shape)}")
     if hx is not None:
         unbatched = isinstance(x, Tensor) and x.dim() == 2
         check_state(hx, data, *spec.state_shapes(None if unbatched else B))
@@ -201,9 +206,7 @@ def check_cell(x: Tensor, weights: Sequence[Tensor | None], hx: State | None) ->
         check = check_matrix if name.startswith("weight") else check_tensor
         check(name, weight)
     tensors = [weight for weight in weights if weight is not None]
-    H = max(tensors[1].shape) // 4
-    rows, columns = tensors[0].shape
-    I = columns if rows == 4 * H else rows
+    I, H = _sizes(x, tensors[0], tensors[1])
     shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
     for name, weight, shape in zip(names, tensors, shapes, strict=False):
         check_shape(name, weight, shape)
@@ -215,6 +218,21 @@ def check_cell(x: Tensor, weights: Sequence[Tensor | None], hx: State | None) ->
         check_alike(name, tensor, "weight_ih", tensors[0])
     if hx is not None:
         check_state(hx, x, (*x.shape[:-1], H), (*x.shape[:-1], H))
+
+
+def _sizes(x: Any, weight_ih: Tensor, weight_hh: Tensor, projected: bool = False) -> tuple[int, int]:
+    """I and H, so that of arguments which do not go together the odd one out is blamed.
+
+    H is told by weight_hh alone if that is (4H, H), or transposed; I by weight_ih if one side of it is 4H.
+    """
+    state_size, gates = sorted(weight_hh.shape)
+    plausible = gates % 4 == 0 if projected else gates == 4 * state_size
+    H = gates // 4 if plausible else max(weight_ih.shape[0] // 4, 1)
+    rows, columns = weight_ih.shape
+    if rows != 4 * H and columns == 4 * H:
+        return rows, H
+    width = x.shape[-1] if isinstance(x, Tensor) and x.dim() > 0 else columns
+    return width if rows != 4 * H and width == rows else columns, H
 
 
 def transformed() -> bool:
@@ -236,6 +254,11 @@ def check_impl(impl: str) -> None:
         raise ValueError(
             "impl: expected 'auto' or 'torch', got 'triton', for which this version has no kernels"
         )
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
 def check_dropout(dropout: Any) -> None:

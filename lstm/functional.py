@@ -6,7 +6,8 @@ forward-mode derivatives; `reference.py` does those. `impl="auto"` is the same i
 """
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .checks import (
     Spec,
     State,
     cell_fits,
+    check_bool,
     check_call,
     check_cell,
     check_dropout,
@@ -24,7 +26,7 @@ from .checks import (
     fits,
     transformed,
 )
-from .reference import lstm_cell_reference, lstm_reference
+from .reference import lstm_cell_reference, lstm_reference, scatter_rows
 
 
 def lstm(
@@ -54,8 +56,10 @@ def lstm(
         hx: h_0 (L * D, B, P) and c_0 (L * D, B, H), without B for an unbatched x; zeros if None.
         lengths: (B,) integers, on x's device or on the CPU: the valid steps of each row, 0 to T. Steps past
             them are never looked at and give 0; the state stays that of the row's last valid step.
+            impl="torch" reads them on the host, for which a call on CUDA waits for the device.
         dropout: probability of dropping an output between layers, if `training`. A seed draws what
-            torch.nn.LSTM draws: for the padded x, or with `lengths` for the packed x.
+            torch.nn.LSTM draws: for the padded x, or with `lengths` for the packed x, except that where
+            lengths cannot be read, under torch.compile and `torch.func`, it draws for the padded x.
         return_cells: also return the cell states of the last layer at every step.
         impl: "auto", "torch" or "triton", for which this version has no kernels.
 
@@ -66,10 +70,12 @@ def lstm(
 
     Raises:
         TypeError: an argument of the wrong type. ValueError: a wrong name, shape, dtype, device, length or
-        option.
+        option. RuntimeError: T is 0, as in torch.nn.LSTM.
     """
     check_dropout(dropout)
-    spec = Spec.of_params(params)
+    check_bool("batch_first", batch_first)
+    check_bool("training", training)
+    spec = Spec.of_params(params, x)
     weights = [params[name] for name in spec.names]
     return run(x, weights, spec, hx, lengths, batch_first, dropout, training, return_cells, impl)
 
@@ -103,7 +109,9 @@ def lstm_cell(
         weights: tuple[Any, ...] = (weight_ih, weight_hh)
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    if not cell_fits(x, weights, hx):
+    # Look closely before the reference, which promotes where torch's op refuses.
+    functional = transformed()
+    if functional or not cell_fits(x, weights, hx):
         check_cell(x, weights, hx)
     if unbatched := x.dim() == 1:
         x = x.unsqueeze(0)
@@ -111,7 +119,7 @@ def lstm_cell(
     if hx is None:
         zeros = x.new_zeros(x.shape[0], weight_hh.shape[1])
         hx = (zeros, zeros)
-    if transformed():
+    if functional:
         h, c = lstm_cell_reference(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
         try:
@@ -136,11 +144,11 @@ def run(
 ) -> tuple[Any, ...]:
     """`lstm` with the parameters as a list in the order of `spec.names`; the module's way in."""
     check_impl(impl)
+    check_bool("return_cells", return_cells)
     if not fits(x, weights, spec, hx, batch_first):
         check_call(x, weights, spec, hx, batch_first)
     if lengths is not None:
         check_lengths(lengths, x, batch_first)
-        lengths = lengths.to(torch.int64)
     if isinstance(x, PackedSequence):
         return _run_packed(x, weights, spec, hx, dropout, training, return_cells)
     if unbatched := x.dim() == 2:
@@ -149,16 +157,21 @@ def run(
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     if hx is None:
         hx = _zero_state(x, spec, x.shape[0 if batch_first else 1])
+    packing = None
+    # Cell states come from the reference, which needs the packing only to draw dropout as the fused op does.
+    if lengths is not None and (not return_cells or (training and dropout > 0)):
+        packing = _packing(lengths, x.shape[1 if batch_first else 0])
 
     cells: tuple[Tensor, ...] = ()
-    if return_cells or not _fused_follows(lengths):
+    if return_cells or not _fused_follows(lengths, packing):
         x = x.transpose(0, 1) if batch_first else x
-        y, h_n, c_n, c = _reference(x, weights, spec, hx, lengths, dropout, training)
+        rows = None if packing is None else packing.rows(x.shape, batch_first=False)
+        y, h_n, c_n, c = _reference(x, weights, spec, hx, lengths, dropout, training, rows)
         if batch_first:
             y, c = y.transpose(0, 1), c.transpose(0, 1)
         cells = (c,) if return_cells else ()
-    elif lengths is not None:
-        y, h_n, c_n = _fused_lengths(x, weights, spec, hx, lengths, batch_first, dropout, training)
+    elif packing is not None:
+        y, h_n, c_n = _fused_lengths(x, weights, spec, hx, packing, batch_first, dropout, training)
     else:
         options = _options(x, spec, dropout, training)
         y, h_n, c_n = torch.lstm(x, hx, weights, *options, batch_first)
@@ -186,8 +199,8 @@ def _run_packed(
     if return_cells or transformed():
         valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
         index = valid.flatten().nonzero().squeeze(1).to(data.device)
-        padded = _scatter(data, index, valid.shape)
-        y, h_n, c_n, c = _reference(padded, weights, spec, hx, valid.sum(0), dropout, training)
+        padded = scatter_rows(data, index, valid.shape)
+        y, h_n, c_n, c = _reference(padded, weights, spec, hx, valid.sum(0), dropout, training, index)
         outputs = [tensor.flatten(0, 1).index_select(0, index) for tensor in (y, c)][: 1 + return_cells]
     else:
         options = _options(data, spec, dropout, training)
@@ -199,12 +212,36 @@ def _run_packed(
     return packed[0], (h_n, c_n), *packed[1:]
 
 
-def _fused_follows(lengths: Tensor | None) -> bool:
+class _Packing(NamedTuple):
+    """Where the steps of a padded x stand in the packed one; all on the CPU."""
+
+    order: Tensor  # the rows that have a step, longest first
+    batch_sizes: Tensor  # how many of them reach each step
+    t: Tensor  # (sum of lengths,) step and
+    b: Tensor  # row of each step, in the packed order
+
+    def rows(self, shape: torch.Size, batch_first: bool) -> Tensor:
+        """The places in x.flatten(0, 1) of the packed steps."""
+        return self.b * shape[1] + self.t if batch_first else self.t * shape[1] + self.b
+
+
+def _packing(lengths: Tensor, T: int) -> _Packing | None:
+    """None where the lengths cannot be read. The only read of them, since on CUDA each one waits."""
+    if lengths.is_meta or torch.compiler.is_compiling() or transformed():
+        return None
+    descending, order = torch.sort(lengths.cpu().to(torch.int64).clamp(0, T), descending=True)
+    valid = torch.arange(T)[:, None] < descending
+    batch_sizes = valid.sum(1)
+    t, place = valid.nonzero(as_tuple=True)
+    return _Packing(order[descending > 0], batch_sizes[batch_sizes > 0], t, order[place])
+
+
+def _fused_follows(lengths: Tensor | None, packing: _Packing | None) -> bool:
     """Whether the fused op can be used for this call, apart from the cell states."""
     if torch.compiler.is_compiling():
         # Lengths cannot be read, and AOTAutograd (torch 2.13) fails on what oneDNN's op saves for backward.
         return lengths is None and (torch.compiler.is_exporting() or not torch.is_grad_enabled())
-    return not transformed() and (lengths is None or bool((lengths > 0).any()))
+    return not transformed() and (lengths is None or (packing is not None and len(packing.order) > 0))
 
 
 def _fused_lengths(
@@ -212,26 +249,19 @@ def _fused_lengths(
     weights: list[Tensor],
     spec: Spec,
     hx: State,
-    lengths: Tensor,
+    packing: _Packing,
     batch_first: bool,
     dropout: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rows sorted by length and packed, without those of length 0, and the results put back."""
-    T, B = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
-    descending, order = torch.sort(lengths.cpu().clamp(0, T), descending=True)
-    order = order[descending > 0]
-    steps = torch.arange(int(descending[0]))[:, None]
-    valid = steps < descending[: len(order)]  # (longest, rows that have a step)
-    index = (order * T + steps if batch_first else steps * B + order)[valid].to(x.device)
-    order = order.to(x.device)
-
+    index, order = packing.rows(x.shape, batch_first).to(x.device), packing.order.to(x.device)
     h_0, c_0 = hx
     hx = (h_0.index_select(1, order), c_0.index_select(1, order))
     data = x.flatten(0, 1).index_select(0, index)
     options = _options(x, spec, dropout, training)
-    y, h_n, c_n = torch.lstm(data, valid.sum(1), hx, weights, *options)
-    y = _scatter(y, index, x.shape[:2])
+    y, h_n, c_n = torch.lstm(data, packing.batch_sizes, hx, weights, *options)
+    y = scatter_rows(y, index, x.shape[:2])
     return y, h_0.to(h_n.dtype).index_copy(1, order, h_n), c_0.to(c_n.dtype).index_copy(1, order, c_n)
 
 
@@ -243,25 +273,34 @@ def _reference(
     lengths: Tensor | None,
     dropout: float,
     training: bool,
+    packed_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`lstm_reference` as y, h_n, c_n, c. Under autocast it sees what autocast would give the fused op."""
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    x, h_0, c_0, *cast = (tensor.to(dtype) for tensor in (x, *hx, *weights))
+    """`lstm_reference` as y, h_n, c_n, c, in the dtypes that autocast would give the fused op's."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    low = torch.get_autocast_dtype(device) if autocast else x.dtype
+    dtype = low
+    onednn = lengths is None and spec.proj_size == 0 and x.numel() > 0
+    if autocast and device == "cpu" and not onednn:
+        # oneDNN's op has everything in autocast's dtype; torch's own loop, in use for the rest, only the
+        # products.
+        dtype = torch.promote_types(low, hx[1].dtype)
+    x, *cast = (tensor.to(low).to(dtype) for tensor in (x, *weights))
     params = dict(zip(spec.names, cast, strict=True))
-    lengths = None if lengths is None else lengths.to(x.device)
-    with torch.autocast(device, enabled=False):
+    lengths = None if lengths is None else lengths.to(x.device, torch.int64)
+    packed_rows = None if packed_rows is None else packed_rows.to(x.device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         y, (h_n, c_n), c = lstm_reference(
-            x, params, (h_0, c_0), lengths=lengths, dropout=dropout, training=training
+            x,
+            params,
+            (hx[0].to(dtype), hx[1].to(dtype)),
+            lengths=lengths,
+            dropout=dropout,
+            training=training,
+            packed_rows=packed_rows,
         )
-    return y, h_n, c_n, c
-
-
-def _scatter(rows: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """Rows (N, width) at their places in zeros (*shape, width)."""
-    zeros = rows.new_zeros(shape.numel(), rows.shape[1])
-    return zeros.index_copy(0, index, rows).unflatten(0, shape)
+    # A projection is the last product of a step.
+    return (y.to(low), h_n.to(low), c_n, c) if spec.proj_size else (y, h_n, c_n, c)
 
 
 def _zero_state(x: Tensor, spec: Spec, batch: int) -> State:

@@ -15,6 +15,7 @@ names and attributes are relied on, so `torch.nn.LSTM` and `torch.nn.LSTMCell` a
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -90,9 +91,17 @@ def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], o
             the projection W_hr; `W_h[ifgo]*` does not. The two biases of a gate are added in use, so
             `"b_?f*": 1.0` would make a forget bias of 2.
 
-    Returns the module. Raises ValueError, before anything is written, for a pattern that matches no name
-    or that matches a gate of a parametrised weight, which has no memory of its own to write to.
+    Returns the module. Raises, before anything is written, TypeError for a rule that is neither, and
+    ValueError for a pattern that matches no name or that matches a gate of a parametrised weight, which has
+    no memory of its own to write to.
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules: expected a mapping from patterns, got {type(rules).__name__}")
+    for pattern, rule in rules.items():
+        if not callable(rule) and not isinstance(rule, Real):
+            raise TypeError(
+                f"rules: expected a number or a function for {pattern!r}, got {type(rule).__name__}"
+            )
     gates = named_gates(module)
     computed = _computed_gates(module)
     matches = {rule: [name for name in gates if fnmatchcase(name, rule)] for rule in rules}

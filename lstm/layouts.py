@@ -16,11 +16,13 @@ is kept, except that NumPy has no bfloat16, so exporting that raises. Where the 
 export gives the sum of our two, and import sets the second to zero; without biases in the list there are
 none in the dict.
 
-An array of the wrong shape raises ValueError with its name, the shape expected and the shape got. All
-assume the usual activations: sigmoid for i, f and o, tanh for g and for the output.
+An array of the wrong shape raises ValueError with its name, the shape expected and the shape got; a
+`weights` or `source` that is none of the above raises TypeError. All assume the usual activations: sigmoid
+for i, f and o, tanh for g and for the output.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -62,7 +64,7 @@ def from_keras(weights: Sequence[Array], *, bidirectional: bool = False) -> dict
         bidirectional: whether the layers are `Bidirectional(LSTM(...))`, merge_mode "concat"; where
             I = H the shapes alone do not tell.
     """
-    arrays = [_tensor(array) for array in weights]
+    arrays = _tensors(weights)
     names = ("kernel", "recurrent_kernel", "bias")[: 3 if any(array.ndim == 1 for array in arrays) else 2]
     directions = 1 + bidirectional
     _check_count(arrays, names, directions)
@@ -106,7 +108,8 @@ def from_tf1(
         bidirectional: whether forward and backward cells alternate.
         forget_bias: what the cells add to the forget gate in every step; it becomes part of the bias.
     """
-    arrays = [_tensor(array) for array in weights]
+    _check_forget_bias(forget_bias)
+    arrays = _tensors(weights)
     biases = [array for array in arrays if array.ndim == 1]
     names = ("kernel", "bias", "projection_kernel")[: 3 if len(arrays) == 3 * len(biases) else 2]
     directions = 1 + bidirectional
@@ -140,6 +143,7 @@ def to_tf1(source: Source, *, forget_bias: float = 1.0) -> list[NumpyArray]:
     Returns kernel (I + H, 4H) and bias (4H,) for every direction of every layer; with a projection
     kernel (I + P, 4H), bias (4H,) and projection_kernel (H, P).
     """
+    _check_forget_bias(forget_bias)
     arrays = []
     for cell in _cells(source)[0]:
         kernel = torch.cat((cell.weight_ih, cell.weight_hh), 1)
@@ -162,7 +166,7 @@ def from_onnx(weights: Sequence[Array]) -> dict[str, Tensor]:
             layer, that is every node. dirs is 1, direction "forward", or 2, "bidirectional"; "reverse"
             alone has no counterpart in `torch.nn.LSTM`, and neither have peepholes.
     """
-    arrays = [_tensor(array) for array in weights]
+    arrays = _tensors(weights)
     names = ("W", "R", "B")[: 3 if any(array.ndim == 2 for array in arrays) else 2]
     _check_count(arrays, names, 1)
     directions = 2 if arrays[0].shape[:1] == (2,) else 1
@@ -201,6 +205,17 @@ def to_onnx(source: Source) -> list[NumpyArray]:
 def _tensor(array: Array) -> Tensor:
     """A copy, so that nothing returned shares memory with an argument."""
     return array.detach().clone() if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
+
+
+def _tensors(weights: Sequence[Array]) -> list[Tensor]:
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise TypeError(f"weights: expected a list of arrays, got {type(weights).__name__}")
+    return [_tensor(array) for array in weights]
+
+
+def _check_forget_bias(forget_bias: Any) -> None:
+    if not isinstance(forget_bias, Real):
+        raise TypeError(f"forget_bias: expected a number, got {type(forget_bias).__name__}")
 
 
 def _numpy(tensors: Sequence[Tensor]) -> list[NumpyArray]:
@@ -244,6 +259,8 @@ def _state_dict(cells: Sequence[_Cell], directions: int) -> dict[str, Tensor]:
 
 def _cells(source: Source) -> tuple[list[_Cell], int]:
     """The cells of a module or state_dict, by layer and direction, and the number of directions."""
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise TypeError(f"source: expected a module or a state_dict, got {type(source).__name__}")
     state = packed_parameters(source) if isinstance(source, nn.Module) else source
     directions = ("", "_reverse") if "weight_ih_l0_reverse" in state else ("",)
     layers = sum(f"weight_ih_l{layer}" in state for layer in range(len(state)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .checks import Spec, State, check_dropout, check_impl_name
+from .checks import Spec, State, check_bool, check_dropout, check_impl_name
 from .functional import lstm_cell, run
 
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -30,7 +30,8 @@ class LSTM(nn.Module):
         impl: "auto", "torch" or "triton", as in `gatematch.lstm.lstm`.
 
     Raises:
-        TypeError, ValueError: as torch.nn.LSTM does, and ValueError for an unknown impl.
+        TypeError, ValueError: as torch.nn.LSTM does, and for a `bidirectional` that is no bool or an unknown
+        impl.
     """
 
     mode = "LSTM"
@@ -58,11 +59,13 @@ class LSTM(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=2,
             )
-        _check_bool("bias", bias)
-        _check_bool("batch_first", batch_first)
+        check_bool("bias", bias)
+        check_bool("batch_first", batch_first)
+        check_bool("bidirectional", bidirectional)
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
         _check_size("num_layers", num_layers)
+        _check_int("proj_size", proj_size)
         if proj_size < 0:
             raise ValueError(
                 f"proj_size should be a positive integer or zero to disable projections, got {proj_size}"
@@ -170,6 +173,7 @@ class LSTMCell(nn.Module):
         super().__init__()
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
+        check_bool("bias", bias)
         check_impl_name(impl)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -272,13 +276,12 @@ def _spec(module: LSTM) -> Spec:
     )
 
 
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+def _check_int(name: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
 
 
 def _check_size(name: str, value: Any) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    _check_int(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be greater than zero, got {value}")

@@ -24,7 +24,8 @@ Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; the
 Gers et al. 2000, the projection that of Sak et al. 2014, https://arxiv.org/abs/1402.1128.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ def lstm_reference(
     lengths: Tensor | None = None,
     dropout: float = 0.0,
     training: bool = False,
+    packed_rows: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """A whole LSTM: every layer and direction.
 
@@ -71,6 +73,8 @@ def lstm_reference(
         hx: h_0 (L * directions, B, P or H) and c_0 (L * directions, B, H); zeros if None.
         lengths: (B,) integers on x's device; values outside [0, T] count as the nearer end.
         dropout: probability of dropping an output between layers, if `training`.
+        packed_rows: (sum of lengths,) the rows of x.flatten(0, 1) that a packed x has, in its order: dropout
+            then draws for those, and a seed gives the mask that it gives the packed x.
 
     Returns:
         y (T, B, directions * (P or H)), (h_n, c_n) shaped as hx, and the last layer's cell states
@@ -87,7 +91,7 @@ def lstm_reference(
     c_n: list[Tensor] = []
     for layer in range(layers):
         if layer > 0:
-            x = torch.dropout(x, dropout, training)
+            x = _dropout(x, dropout, training, packed_rows)
         hs, cells = [], []
         for suffix in suffixes:
             weight_ih, weight_hh = (
@@ -111,6 +115,19 @@ def lstm_reference(
             c_n.append(c)
         x = torch.cat(hs, dim=-1)
     return x, (torch.stack(h_n), torch.stack(c_n)), torch.cat(cells, dim=-1)
+
+
+def scatter_rows(rows: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows (N, width) at their places in zeros (*shape, width)."""
+    zeros = rows.new_zeros(math.prod(shape), rows.shape[1])
+    return zeros.index_copy(0, index, rows).unflatten(0, shape)
+
+
+def _dropout(x: Tensor, dropout: float, training: bool, packed_rows: Tensor | None) -> Tensor:
+    if packed_rows is None or not training:
+        return torch.dropout(x, dropout, training)
+    kept = torch.dropout(x.flatten(0, 1).index_select(0, packed_rows), dropout, training)
+    return scatter_rows(kept, packed_rows, x.shape[:2])
 
 
 def _input_product(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:

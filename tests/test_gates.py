@@ -142,6 +142,22 @@ def test_init_gates_names_the_pattern_without_a_match() -> None:
     assert torch.equal(lstm.weight_ih_l0, before)
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"b_*": 1.0, "W_i*": "zeros"}, r"rules: expected a number or a function for 'W_i\*', got str$"),
+        (["W_i*"], "rules: expected a mapping from patterns, got list$"),
+    ],
+    ids=["rule", "rules"],
+)
+def test_init_gates_refuses_other_types_before_writing(rules: Any, message: str) -> None:
+    lstm = LSTM(I, H)
+    before = {name: value.clone() for name, value in lstm.state_dict().items()}
+    with pytest.raises(TypeError, match=message):
+        init_gates_(lstm, rules)
+    assert all(torch.equal(value, before[name]) for name, value in lstm.state_dict().items())
+
+
 def test_parametrised_weights_are_read_but_not_written() -> None:
     cell: Any = parametrizations.weight_norm(nn.LSTMCell(I, H), "weight_hh")
     torch.testing.assert_close(named_gates(cell)["W_hg"], cell.weight_hh[2 * H : 3 * H])

@@ -327,3 +327,18 @@ def test_export_errors() -> None:
         to_keras({f"lstm.{name}": value for name, value in nn.LSTM(I, H).state_dict().items()})
     with pytest.raises(ValueError, match="both biases or none, got weight_ih_l0, weight_hh_l0, bias_ih_l0"):
         to_onnx({name: value for name, value in nn.LSTM(I, H).state_dict().items() if name != "bias_hh_l0"})
+
+
+@pytest.mark.parametrize(("import_", "export"), CONVERTERS)
+@pytest.mark.parametrize("wrong", [None, np.zeros((2, 2)), "x"], ids=lambda wrong: type(wrong).__name__)
+def test_other_types_are_refused(import_: Any, export: Any, wrong: Any) -> None:
+    got = type(wrong).__name__
+    with pytest.raises(TypeError, match=f"^weights: expected a list of arrays, got {got}$"):
+        import_(wrong)
+    with pytest.raises(TypeError, match=r"^weights: expected a list of arrays, got LSTM$"):
+        import_(nn.LSTM(I, H))
+    with pytest.raises(TypeError, match=f"^source: expected a module or a state_dict, got {got}$"):
+        export(wrong)
+    for call in (lambda: from_tf1([], forget_bias=wrong), lambda: to_tf1({}, forget_bias=wrong)):
+        with pytest.raises(TypeError, match=f"^forget_bias: expected a number, got {got}$"):
+            call()

@@ -35,11 +35,7 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: LSTM(I, H, batch_first=True)(x.transpose(1, 2)),
         "x: expected shape (B, T, 5) or (T, 5), got (4, 5, 3); it looks transposed",
     ),
-    "x-no-steps": (lambda: module(x[:0]), "x: expected at least one time step, got T = 0 in shape (0, 3, 5)"),
-    "x-no-steps-unbatched": (
-        lambda: module(x[:0, 0]),
-        "x: expected at least one time step, got T = 0 in shape (0, 5)",
-    ),
+    "x-0d": (lambda: module(torch.tensor(1.0)), "x: expected shape (T, B, 5) or (T, 5), got ()"),
     "x-dtype": (
         lambda: module(x.double()),
         "x: expected dtype torch.float32 as weight_ih_l0, got torch.float64",
@@ -49,6 +45,10 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
     "x-packed-width": (
         lambda: LSTM(4, H)(packed),
         "x: expected data of shape (sum of lengths, 4), got (7, 5)",
+    ),
+    "x-packed-width-is-not-transposed": (
+        lambda: LSTM(7, H)(packed),
+        "x: expected data of shape (sum of lengths, 7), got (7, 5)",
     ),
     "h-shape": (lambda: module(x, (h[:, :2], h)), "hx[0]: expected shape (1, 3, 7), got (1, 2, 7)"),
     "c-shape": (lambda: module(x, (h, h[..., :6])), "hx[1]: expected shape (1, 3, 7), got (1, 3, 6)"),
@@ -156,6 +156,22 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: lstm(x, {**params, "weight_hh_l0": torch.zeros(28, 6)}),
         "weight_hh_l0: expected shape (28, 7), got (28, 6)",
     ),
+    "weight-ih-rows": (
+        lambda: lstm(x, {**params, "weight_ih_l0": torch.zeros(29, 5)}),
+        "weight_ih_l0: expected shape (28, 5), got (29, 5)",
+    ),
+    "weight-ih-transposed-rows": (
+        lambda: lstm(x, {**params, "weight_ih_l0": torch.zeros(5, 29)}),
+        "weight_ih_l0: expected shape (28, 5), got (5, 29)",
+    ),
+    "weight-hh-rows": (
+        lambda: lstm(x, {**params, "weight_hh_l0": torch.zeros(27, 7)}),
+        "weight_hh_l0: expected shape (28, 7), got (27, 7)",
+    ),
+    "weight-hh-projected": (
+        lambda: lstm(x, {**params, "weight_hh_l0": torch.zeros(27, 2), "weight_hr_l0": torch.zeros(2, 7)}),
+        "weight_hh_l0: expected shape (28, 2), got (27, 2)",
+    ),
     "bias-shape": (
         lambda: lstm(x, {**params, "bias_hh_l0": torch.zeros(1)}),
         "bias_hh_l0: expected shape (28,), got (1,)",
@@ -199,6 +215,26 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: lstm_cell(x[0], None, weights[0], weights[1].T),
         "weight_hh: expected shape (28, 7), got (7, 28); it looks transposed",
     ),
+    "cell-weight-hh-rows": (
+        lambda: lstm_cell(x[0], None, weights[0], torch.zeros(27, 7)),
+        "weight_hh: expected shape (28, 7), got (27, 7)",
+    ),
+    "cell-weight-hh-more-rows": (
+        lambda: lstm_cell(x[0], None, weights[0], torch.zeros(32, 7)),
+        "weight_hh: expected shape (28, 7), got (32, 7)",
+    ),
+    "cell-x-complex": (
+        lambda: LSTMCell(I, H, dtype=torch.complex64)(x[0].to(torch.complex64)),
+        "x: expected a floating dtype, got torch.complex64",
+    ),
+    "cell-vmap-dtype": (
+        lambda: torch.func.vmap(lambda x: cell(x)[0])(x.double()),
+        "x: expected dtype torch.float32 as weight_ih, got torch.float64",
+    ),
+    "cell-vmap-integer": (
+        lambda: torch.func.vmap(lambda x: cell(x)[0])(x.long()),
+        "x: expected a floating dtype, got torch.int64",
+    ),
     "cell-weight-vector": (
         lambda: lstm_cell(x[0], None, weights[2], weights[1]),
         "weight_ih: expected a matrix, got shape (28,)",
@@ -231,6 +267,23 @@ TYPE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: lstm(x, {**params, "bias_hh_l0": None}),
         "bias_hh_l0: expected a Tensor, got NoneType",
     ),
+    "batch-first": (
+        lambda: lstm(x, params, batch_first="no"),
+        "batch_first should be of type bool, got: str",
+    ),
+    "training": (lambda: lstm(x, params, training="no"), "training should be of type bool, got: str"),
+    "return-cells": (
+        lambda: module(x, return_cells="no"),
+        "return_cells should be of type bool, got: str",
+    ),
+    "bidirectional": (
+        lambda: LSTM(I, H, bidirectional="no"),
+        "bidirectional should be of type bool, got: str",
+    ),
+    "proj-size": (lambda: LSTM(I, H, proj_size=2.5), "proj_size should be of type int, got: float"),
+    "proj-size-none": (lambda: LSTM(I, H, proj_size=None), "proj_size should be of type int, got: NoneType"),
+    "proj-size-string": (lambda: LSTM(I, H, proj_size="2"), "proj_size should be of type int, got: str"),
+    "cell-bias": (lambda: LSTMCell(I, H, bias="x"), "bias should be of type bool, got: str"),
     "cell-x": (lambda: cell(None), "x: expected a Tensor, got NoneType"),
     "cell-hx": (lambda: cell(x[0], h[0]), "hx: expected a pair of tensors (h_0, c_0), got Tensor"),
     "cell-one-bias": (
