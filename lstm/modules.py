@@ -61,6 +61,8 @@ class LSTM(nn.Module):
             )
         check_bool("bias", bias)
         check_bool("batch_first", batch_first)
+        # torch takes a number here, and for the cell's bias, and people use it.
+        bidirectional = bool(bidirectional) if isinstance(bidirectional, int) else bidirectional
         check_bool("bidirectional", bidirectional)
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
@@ -173,6 +175,7 @@ class LSTMCell(nn.Module):
         super().__init__()
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
+        bias = bool(bias) if isinstance(bias, int) else bias
         check_bool("bias", bias)
         check_impl_name(impl)
         self.input_size = input_size

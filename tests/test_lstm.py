@@ -582,3 +582,11 @@ def test_exports_with_dynamic_batch() -> None:
     program = torch.export.export(ours, (x,), dynamic_shapes={"x": {1: torch.export.Dim("B")}})
     wider = torch.randn(3, 4, 5)
     torch.testing.assert_close(program.module()(wider), ours(wider))
+
+
+def test_numbers_where_torch_takes_them():
+    assert (
+        LSTM(2, 3, bidirectional=1).bidirectional is True
+        and LSTM(2, 3, bidirectional=0).bidirectional is False
+    )
+    assert LSTMCell(2, 3, bias=0).bias_ih is None
