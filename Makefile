@@ -2,7 +2,9 @@
 PYTHON ?= python3
 OUT ?= out
 VENV := .venv
-RUN := $(VENV)/bin/python -P
+# The folders here are not the packages: keep them off the path (3.11 and newer heed it).
+export PYTHONSAFEPATH := 1
+RUN := $(VENV)/bin/python
 # Where pip finds a CPU build of torch, if not by itself: make PIP_ARGS="--extra-index-url ..."
 PIP_ARGS ?=
 # More options of the command, as in: make bench ARGS=--resume
@@ -61,7 +63,7 @@ GPU_PYTHON ?= python3
 gpu:
 	rm -rf build
 	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation .
-	$(GPU_PYTHON) -P -m pytest -m gpu tests/test_gpu.py
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -131,29 +131,50 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
             scores,
             absolute=True,
         )
+        both = {"q_lengths": lengths[0], "a_lengths": lengths[1]}
         for normalize in (None, "rows"):
+            for given in ({}, both):
+                yield _row(
+                    "pairwise/attend",
+                    f"normalize {normalize}{', lengths' if given else ''}",
+                    dtype,
+                    lambda q, a, v: (pairwise_attend(q, a, v, normalize, **given),),  # noqa: B023
+                    lambda q, a, v: (pairwise_attend_reference(q, a, v, normalize=normalize, **given),),  # noqa: B023
+                    [q, a, v],
+                    relative,
+                )
+        for given in ({}, both):
             yield _row(
-                "pairwise/attend",
-                f"normalize {normalize}",
+                "pairwise/sums",
+                "lengths" if given else "",
                 dtype,
-                lambda q, a, v: (pairwise_attend(q, a, v, normalize),),  # noqa: B023
-                lambda q, a, v: (pairwise_attend_reference(q, a, v, normalize=normalize),),  # noqa: B023
-                [q, a, v],
+                lambda q, a: pairwise_sums(q, a, **given),  # noqa: B023
+                lambda q, a: pairwise_sums_reference(q, a, **given),  # noqa: B023
+                [q, a],
                 relative,
             )
-        yield _row("pairwise/sums", "", dtype, pairwise_sums, pairwise_sums_reference, [q, a], relative)
         features = AttentionFeatures(64, 33, device=device, dtype=dtype)
         exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
         exact.load_state_dict(features.state_dict())
         doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
-        yield _row("pairwise/AttentionFeatures", "", dtype, features, exact, [q, a], doubled)
+        for given in ({}, both):
+            yield _row(
+                "pairwise/AttentionFeatures",
+                "lengths" if given else "",
+                dtype,
+                lambda q, a: features(q, a, **given),  # noqa: B023
+                lambda q, a: exact(q, a, **given),  # noqa: B023
+                [q, a],
+                doubled,
+            )
 
 
 def _lstm_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {
         "1 layer": {},
         "2 layers, bidirectional": {"num_layers": 2, "bidirectional": True},
-        "projection": {"proj_size": 17},
+        "2 layers, projection": {"num_layers": 2, "proj_size": 17},
+        "batch first": {"batch_first": True},
         "no bias": {"bias": False},
         "lengths": {"lengths": True},
         "lengths, bidirectional, all cells": {"lengths": True, "bidirectional": True, "return_cells": True},
@@ -177,24 +198,26 @@ def _lstm_row(
     parameters, exact_parameters = dict(model.named_parameters()), dict(exact.named_parameters())
 
     def call(module: LSTM, through_reference: bool) -> Callable[..., Outputs]:
-        def function(x: Tensor, *weights: Tensor) -> Outputs:
+        def function(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Outputs:
             named = dict(zip(parameters, weights, strict=True))
             options = {"lengths": lengths, "return_cells": return_cells or through_reference}
-            y, states, *cells = torch.func.functional_call(module, named, (x,), options)
+            y, states, *cells = torch.func.functional_call(module, named, (x, (h, c)), options)
             return (y, *states, *(cells if return_cells else ()))
 
         return function
 
-    x = torch.randn(T, B, I, device=device, dtype=dtype)
+    x = torch.randn(*((B, T) if model.batch_first else (T, B)), I, device=device, dtype=dtype)
+    cells = model.num_layers * (2 if model.bidirectional else 1)
+    state = [torch.randn(cells, B, n, device=device, dtype=dtype) for n in (model.proj_size or H, H)]
     return _row(
         "lstm/LSTM",
         setting,
         dtype,
         call(model, False),
         call(exact, True),
-        [x, *parameters.values()],
+        [x, *state, *parameters.values()],
         (RECURRENT[dtype], RECURRENT[dtype]),
-        exact_inputs=[x, *exact_parameters.values()],
+        exact_inputs=[x, *state, *exact_parameters.values()],
     )
 
 

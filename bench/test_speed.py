@@ -1,6 +1,6 @@
 """The cases of `gatematch-bench speed` as a pytest-benchmark suite.
 
-Run it with `python -P -m pytest bench --benchmark-only`.
+Run it with `pytest bench --benchmark-only`.
 """
 
 import pytest

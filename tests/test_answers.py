@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +30,7 @@ from gatematch.bench.answers.data import CandidateList, Dataset, chatterbot, rea
 from gatematch.bench.answers.metrics import evaluate
 from gatematch.bench.answers.model import Matcher, Settings, ours, peer
 from gatematch.bench.answers.overlap import Blend, overlap_features
+from gatematch.bench.answers.report import result_rows
 from gatematch.bench.answers.text import MAX_LENGTH, UNKNOWN, Vocabulary, identity, tokenize
 from gatematch.bench.answers.tsv import tsv
 from gatematch.bench.plots import draw
@@ -99,6 +104,20 @@ def test_wrong_answers_of_dev_and_test_come_from_their_own_split(corpus: Dataset
         questions = {identity(item.question) for item in split}
         own = {identity(a) for _, q, a in read_corpus()[0] if identity(q) in questions}
         assert all(identity(text) in own for item in split for text in item.candidates)
+
+
+def test_wrong_answers_are_of_the_questions_category_as_far_as_they_go(corpus: Dataset) -> None:
+    threads = [(category, identity(q), identity(a)) for category, q, a in read_corpus()[0]]
+    category_of: dict[str, str] = {}
+    for category, question, _ in threads:
+        category_of.setdefault(question, category)
+    for split in (corpus.train, corpus.dev, corpus.test):
+        questions = {identity(item.question) for item in split}
+        for item in split:
+            asked, wrong = identity(item.question), {identity(text) for text in item.wrong}
+            kin = {a for _, q, a in threads if q in questions and category_of[q] == category_of[asked]}
+            kin -= {a for _, q, a in threads if q == asked}
+            assert wrong <= kin or kin < wrong
 
 
 def test_the_right_answer_has_no_favourite_place(corpus: Dataset) -> None:
@@ -325,6 +344,30 @@ def test_a_failed_write_leaves_the_old_checkpoint(
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "toy.tsv"]
 
 
+def test_ctrl_c_while_the_file_is_written_is_still_ctrl_c(
+    toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside torch.save it would come out as a RuntimeError about an unexpected position."""
+
+    class Interrupted(io.BytesIO):
+        pressed = False
+
+        def write(self, content: Any) -> int:
+            if len(content) > 1000 and not self.pressed:
+                self.pressed = True
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    def fdopen(handle: int, mode: str) -> io.BytesIO:
+        os.close(handle)
+        return Interrupted()
+
+    monkeypatch.setattr(os, "fdopen", fdopen)
+    with pytest.raises(KeyboardInterrupt):
+        train.save_checkpoint(tmp_path / "checkpoint.pt", {}, {"ours": trainer(toy)})
+    assert os.listdir(tmp_path) == ["toy.tsv"]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_broken_and_missing_checkpoints_are_refused(
     content: bytes | None, toy: Dataset, tmp_path: Path
@@ -334,6 +377,87 @@ def test_broken_and_missing_checkpoints_are_refused(
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"checkpoint\.pt"):
         train.load_checkpoint(path, {}, {"ours": trainer(toy)})
+
+
+def without_a_weight(state: dict[str, Any]) -> None:
+    del state["trainers"]["ours"]["model"]["score.weight"]
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "settings": lambda state: state.update(settings=5),
+    "no peer": lambda state: state["trainers"].pop("peer"),
+    "no losses": lambda state: state["trainers"]["peer"].pop("losses"),
+    "a weight": without_a_weight,
+    "best": lambda state: state["trainers"]["ours"].update(best={}),
+    "epochs": lambda state: state["trainers"]["peer"]["dev_map"].append(0.5),
+    "optimizer": lambda state: state["trainers"]["ours"].update(optimizer=5),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoints_are_refused(name: str, toy: Dataset, tmp_path: Path) -> None:
+    trainers = {"ours": trainer(toy), "peer": trainer(toy, build=peer)}
+    for run in trainers.values():
+        run.epoch()
+    path = tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, TINY.as_dict(), trainers)
+    train.load_checkpoint(path, TINY.as_dict(), trainers)
+    state = torch.load(path, weights_only=True)
+    DAMAGES[name](state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a whole checkpoint"):
+        train.load_checkpoint(path, TINY.as_dict(), trainers)
+
+
+def test_cut_off_checkpoints_are_refused(toy: Dataset, tmp_path: Path) -> None:
+    run, path = trainer(toy), tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, {}, {"ours": run})
+    whole = path.read_bytes()
+    for size in (10, 1000, 20_000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is not a whole checkpoint"):
+            train.load_checkpoint(path, {}, {"ours": run})
+
+
+class Payload:
+    """Pickled code: loading it opens, and so makes, the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_cannot_run_code(toy: Dataset, tmp_path: Path) -> None:
+    run, path = trainer(toy), tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, {}, {"ours": run})
+    torch.save(torch.load(path, weights_only=True) | {"more": Payload(tmp_path / "made")}, path)
+    with pytest.raises(ValueError, match="UnpicklingError"):
+        train.load_checkpoint(path, {}, {"ours": run})
+    assert not (tmp_path / "made").exists()
+
+
+# Report
+
+
+def test_results_are_of_the_best_epoch_and_the_blend_never_sees_test_labels(toy: Dataset) -> None:
+    trainers = {"ours": trainer(toy), "peer": trainer(toy, build=peer)}
+    for run in trainers.values():
+        run.epoch()
+    best = trainers["ours"].scores(toy.test)
+    turned = [dataclasses.replace(item, labels=item.labels[1:] + item.labels[:1]) for item in toy.test]
+    weights = []
+    for dataset in (toy, dataclasses.replace(toy, test=turned)):
+        for run in trainers.values():
+            torch.nn.init.zeros_(run.model.score.weight)  # a later epoch has spoilt the model
+        rows = result_rows(dataset, Vocabulary(toy.train_texts), trainers["ours"].encoder, trainers)
+        found = {row["case"]: row for row in rows}
+        expected = evaluate(best, [item.labels for item in dataset.test])
+        assert found["answers/model"]["map"] == pytest.approx(expected.map)
+        assert trainers["ours"].scores(toy.test) == best
+        weights.append(found["answers/model+overlap"]["weights"])
+    assert weights[0] == weights[1]
 
 
 # Command line and pictures
@@ -357,6 +481,8 @@ def test_a_run_writes_results_and_pictures_that_the_results_alone_redraw(tmp_pat
     assert "BM25" in result.output and "checkpoint.pt" in os.listdir(tmp_path / "out")
     rows = {row["case"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert {"answers/random", "answers/bm25", "answers/model", "answers/model+overlap"} < rows.keys()
+    time = rows["answers/time"]
+    assert time["ratio"] == pytest.approx(time["peer"]["median"] / time["ours"]["median"])
     attention = rows["answers/attention"]
     assert len(attention["S"]) == len(attention["question"])
     assert len(attention["S"][0]) == len(attention["answer"])
@@ -364,9 +490,8 @@ def test_a_run_writes_results_and_pictures_that_the_results_alone_redraw(tmp_pat
     assert again.exit_code == 0, again.output
     for name in ("curves.svg", "map.svg", "attention.svg"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    assert (
-        ">rivers<" in (tmp_path / "out" / "attention.svg").read_text() or attention["question"][2] != "rivers"
-    )
+    picture = (tmp_path / "out" / "attention.svg").read_text()
+    assert all(f">{word}<" in picture for word in (*attention["question"], *attention["answer"]))
 
 
 def test_ctrl_c_keeps_finished_epochs_and_resume_gives_the_same_numbers(
@@ -384,13 +509,16 @@ def test_ctrl_c_keeps_finished_epochs_and_resume_gives_the_same_numbers(
         epoch(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(train.Trainer, "epoch", interrupted)
+    monkeypatch.setattr(sys, "argv", ["gatematch-bench", *answers(tmp_path)])
     stopped = CliRunner().invoke(app, answers(tmp_path))
     assert stopped.exit_code == 130
-    assert "interrupted in epoch 2 of 2" in stopped.stderr and "--resume" in stopped.stderr
-    assert "Traceback" not in stopped.output
+    assert "interrupted in epoch 2 of 2" in stopped.stderr and "Traceback" not in stopped.output
 
+    # What is printed can be run as it is, with nothing on PATH.
     monkeypatch.setattr(train.Trainer, "epoch", epoch)
-    resumed = CliRunner().invoke(app, answers(tmp_path, "--resume"))
+    command = shlex.split(stopped.stderr.split("go on with: ")[1])
+    assert command == [sys.executable, "-m", "gatematch.bench", *answers(tmp_path, "--resume")]
+    resumed = CliRunner().invoke(app, command[3:])
     assert resumed.exit_code == 0, resumed.output
     results = (tmp_path / "out" / "results.json", tmp_path / "whole" / "out" / "results.json")
     assert without_times(results[0]) == without_times(results[1])
@@ -400,6 +528,50 @@ def test_ctrl_c_keeps_finished_epochs_and_resume_gives_the_same_numbers(
     fewer = CliRunner().invoke(app, answers(tmp_path, "--resume", "--epochs", "1"))
     assert fewer.exit_code == 2 and "already has 2 epochs" in fewer.stderr
 
+    # The same texts with other labels fit the same model, but are other data.
+    data = tmp_path / "toy.tsv"
+    data.write_text(data.read_text().replace("number 1\t0", "number 1\t1"))
+    other = CliRunner().invoke(app, answers(tmp_path, "--resume"))
+    assert other.exit_code == 2 and "expected data toy.tsv" in other.stderr
+
+
+def test_a_run_keeps_the_older_checkpoint_but_never_resumes_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"older")
+
+    def interrupted(self: train.Trainer, *args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "epoch", interrupted)
+    for _ in range(2):
+        stopped = CliRunner().invoke(app, answers(tmp_path))
+        assert stopped.exit_code == 130 and "none is kept" in stopped.stderr
+        assert os.listdir(tmp_path / "out") == ["checkpoint.old.pt"]
+    assert (tmp_path / "out" / "checkpoint.old.pt").read_bytes() == b"older"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--json", "folder"],
+        ["--json", "file/below"],
+        ["--out", "folder"],
+        ["--out", "file/below", "--json", "fine.json"],
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_training(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder" / "results.json").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(train.Trainer, "epoch")
+    result = CliRunner().invoke(app, answers(tmp_path, *options))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert all(part in result.stderr for part in options[:2])
+
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
@@ -407,6 +579,8 @@ def test_ctrl_c_keeps_finished_epochs_and_resume_gives_the_same_numbers(
         (["answers", "--data", "nowhere.tsv"], "nowhere.tsv"),
         (["answers", "--test", "nowhere.tsv"], "go with --data"),
         (["answers", "--device", "abacus"], "abacus"),
+        (["answers", "--device", "meta"], "only cpu and cuda"),
+        (["answers", "--seed", "99999999999999"], "--seed"),
         (["answers", "--epochs", "0"], "epochs"),
         (["plot", "nowhere.json"], "nowhere.json"),
         (["answers", "--resume", "--out", "nowhere"], "no checkpoint"),
@@ -417,9 +591,13 @@ def test_wrong_options_are_one_clear_error(arguments: list[str], part: str) -> N
     assert result.exit_code == 2 and part in result.stderr and "Traceback" not in result.output
 
 
-def test_results_of_another_command_are_not_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("answers/map", "must hold the case answers/attention"), ("lstm/forward", "must come from answers")],
+)
+def test_results_without_a_whole_answers_run_are_not_drawn(case: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
-    path.write_text('{"meta": {}, "rows": [{"case": "lstm/forward"}]}')
-    with pytest.raises(ValueError, match="must hold the case answers/attention"):
+    path.write_text(json.dumps({"meta": {}, "rows": [{"case": case}]}))
+    with pytest.raises(ValueError, match=message):
         draw(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,5 +11,5 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path) -> None:
-    done = subprocess.run([sys.executable, "-P", str(example)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-I", str(example)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

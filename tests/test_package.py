@@ -10,7 +10,7 @@ MODULES = "gatematch.lstm, gatematch.attention"
 
 
 def python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -81,7 +81,7 @@ def test_requirements_and_extras():
 
 def test_the_command_says_which_extra_it_needs():
     code = "import sys; sys.modules['typer'] = None; import gatematch.bench.__main__"
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert 'gatematch-bench needs typer: pip install "gatematch[bench]"' in result.stderr
     assert "Traceback" not in result.stderr

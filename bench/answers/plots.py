@@ -15,7 +15,7 @@ _OURS, _PEER, _GREY = "#1f6fb4", "#e0862a", "#8a8f98"
 
 def figures(results: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """Curves, MAP and attention, from the rows of a results file."""
-    cases = {row.get("case"): row for row in rows}
+    cases = {row["case"]: row for row in rows}
     needed = {f"answers/{name}" for name in ("curves", "attention", "data", *RANKERS)}
     missing = sorted(needed - cases.keys())
     if missing:

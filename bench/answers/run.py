@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gatematch.bench.plots import draw
-from gatematch.bench.results import describe_machine, write_results
+from gatematch.bench.results import describe_machine, writable, write_results
 
 from .batches import Encoder
 from .data import Dataset, chatterbot
@@ -22,6 +24,8 @@ from .report import print_report, result_rows
 from .text import Vocabulary
 from .train import Trainer, load_checkpoint, save_checkpoint
 from .tsv import tsv
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Options:
     dev: Path | None = None
     test: Path | None = None
     epochs: int = 8
-    device: str = "cpu"
+    device: torch.device = _CPU
     threads: int = 1
     out: Path = Path("out/answers")
     json: Path | None = None
@@ -46,34 +50,29 @@ class Interrupted(Exception):
 def run(options: Options, settings: Settings, console: Console) -> list[dict[str, Any]]:
     """Train, evaluate, print, and write the results file and the pictures; returns the rows."""
     torch.set_num_threads(options.threads)
-    device = _device(options.device)
     dataset = _dataset(options)
     vocabulary = Vocabulary(dataset.train_texts)
     lists = (*dataset.train, *dataset.dev, *dataset.test)
     encoder = Encoder(vocabulary, [text for item in lists for text in (item.question, *item.candidates)])
     trainers = {
-        name: Trainer(build, vocabulary.pieces, settings, encoder, dataset, device)
+        name: Trainer(build, vocabulary.pieces, settings, encoder, dataset, options.device)
         for name, build in (("ours", ours), ("peer", peer))
     }
-    _train(options, settings, dataset, trainers, console)
+    checkpoint, results = options.out / "checkpoint.pt", options.json or options.out / "results.json"
+    belongs_to = settings.as_dict() | {"data": _fingerprint(dataset)}
+    if options.resume:
+        load_checkpoint(checkpoint, belongs_to, trainers)
+    writable("checkpoint in --out", checkpoint)
+    writable("--json" if options.json else "results in --out", results)
+    _train(options, checkpoint, belongs_to, trainers, console)
 
-    results = options.json or options.out / "results.json"
     rows = result_rows(dataset, vocabulary, encoder, trainers)
-    write_results(results, describe_machine(device), rows)
+    write_results(results, describe_machine(options.device), rows)
     print_report(rows, console)
     pictures = draw(results, options.out)
     console.print(f"results: {results}", highlight=False, soft_wrap=True)
     console.print(f"pictures: {', '.join(map(str, pictures))}", highlight=False, soft_wrap=True)
     return rows
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _dataset(options: Options) -> Dataset:
@@ -86,22 +85,19 @@ def _dataset(options: Options) -> Dataset:
 
 def _train(
     options: Options,
-    settings: Settings,
-    dataset: Dataset,
+    checkpoint: Path,
+    belongs_to: dict[str, Any],
     trainers: dict[str, Trainer],
     console: Console,
 ) -> None:
     """Train both models, an epoch of each in turn, with a checkpoint after every pair of epochs."""
-    checkpoint = options.out / "checkpoint.pt"
-    belongs_to = settings.as_dict() | {"data": _fingerprint(dataset)}
-    if options.resume:
-        load_checkpoint(checkpoint, belongs_to, trainers)
-    else:
-        # An older run's checkpoint must not be what an interruption of this one leaves to resume from.
-        checkpoint.unlink(missing_ok=True)
     done = trainers["ours"].epochs
     if done > options.epochs:
         raise ValueError(f"checkpoint {checkpoint} already has {done} epochs; got --epochs {options.epochs}")
+    if not options.resume and checkpoint.exists():
+        # An older run's checkpoint must not be what an interruption of this one leaves to resume from.
+        old = checkpoint.replace(checkpoint.with_name("checkpoint.old.pt"))
+        console.print(f"the checkpoint of an older run is now {old}", highlight=False, soft_wrap=True)
     columns = (
         TextColumn("epoch {task.description}"),
         BarColumn(),
@@ -125,9 +121,14 @@ def _train(
                 save_checkpoint(checkpoint, belongs_to, trainers)
                 done = epoch + 1
     except KeyboardInterrupt:
-        command = describe_machine(torch.device("cpu"))["command"].removesuffix(" --resume")
-        advice = f"{checkpoint} keeps {done}; go on with: {command} --resume" if done else "none is kept"
+        advice = f"{checkpoint} keeps {done}; go on with: {_resuming()}" if done else "none is kept"
         raise Interrupted(f"interrupted in epoch {done + 1} of {options.epochs}: {advice}") from None
+
+
+def _resuming() -> str:
+    """This command with --resume. The installed script may not be on PATH (after `make bench`, say)."""
+    given = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return shlex.join([sys.executable, "-m", "gatematch.bench", *given, "--resume"])
 
 
 def _fingerprint(dataset: Dataset) -> str:

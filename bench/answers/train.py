@@ -8,6 +8,7 @@ trained side by side see the same batches in the same order.
 from __future__ import annotations
 
 import copy
+import io
 import os
 import pickle
 import random
@@ -27,6 +28,17 @@ from .metrics import evaluate
 from .model import Matcher, Settings
 
 _SCORED = 16  # lists a batch when nothing is learned
+# What reading a damaged file, or a file of something else, may raise.
+_DAMAGED = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    pickle.UnpicklingError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
 
 
 class Trainer:
@@ -129,10 +141,14 @@ class Trainer:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
+        self.losses, self.dev_map, self.seconds = (
+            [float(value) for value in state[name]] for name in ("losses", "dev_map", "seconds")
+        )
+        self.best = dict(state["best"])
+        if self.epochs:
+            self.use_best()  # a damaged one is found out now, not after training
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.dev_map = list(state["losses"]), list(state["dev_map"])
-        self.seconds, self.best = list(state["seconds"]), dict(state["best"])
 
 
 def save_checkpoint(path: Path, settings: Mapping[str, Any], trainers: Mapping[str, Trainer]) -> None:
@@ -142,30 +158,40 @@ def save_checkpoint(path: Path, settings: Mapping[str, Any], trainers: Mapping[s
         "settings": dict(settings),
         "trainers": {name: trainer.state() for name, trainer in trainers.items()},
     }
+    # Into memory first: Ctrl-C while a file is written comes out of torch.save as a RuntimeError.
+    content = io.BytesIO()
+    torch.save(state, content)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+            file.write(content.getbuffer())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        # Ctrl-C may also come right after the file has got its name.
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def load_checkpoint(path: Path, settings: Mapping[str, Any], trainers: Mapping[str, Trainer]) -> None:
-    """Set the trainers to a checkpoint's state; ValueError if it is missing, broken, or of another run."""
+    """Set the trainers to a checkpoint's state; ValueError if it is missing, damaged, or of another run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found, states = state["settings"], state["trainers"]
+        found = dict(state["settings"])
+        foreign = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
+        if not foreign:
+            for name, trainer in trainers.items():
+                trainer.load(state["trainers"][name])
+            if len({trainer.epochs for trainer in trainers.values()}) != 1:
+                raise ValueError("the models have different numbers of epochs")
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path} to resume from; run without --resume") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this command: {type(error).__name__}") from None
-    for name in sorted({*settings, *found}):
-        if settings.get(name) != found.get(name):
-            raise ValueError(
-                f"checkpoint {path} belongs to another run: expected {name} {settings.get(name)}; "
-                f"got {found.get(name)}"
-            )
-    for name, trainer in trainers.items():
-        trainer.load(states[name])
+    except _DAMAGED as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint of this command: {type(error).__name__}"
+        ) from None
+    if foreign:
+        name = foreign[0]
+        raise ValueError(
+            f"checkpoint {path} belongs to another run: expected {name} {settings.get(name)}; "
+            f"got {found.get(name)}"
+        )
