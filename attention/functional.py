@@ -151,10 +151,12 @@ def _check(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | N
 def _check_rows(name: str, rows: Tensor, like: Tensor) -> None:
     if not isinstance(rows, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(rows).__name__}")
-    if rows.device.type not in ("cpu", "cuda"):
+    if not (rows.is_cpu or rows.is_cuda):
         raise ValueError(f"{name} must be on a CPU or CUDA device; got {rows.device}")
-    if rows.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16; got {rows.dtype}")
+    if rows is like:
+        if rows.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16; got {rows.dtype}")
+        return
     if rows.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of q, {like.dtype}; got {rows.dtype}")
     if rows.device != like.device:

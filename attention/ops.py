@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import tiled
+from .blocks import Block, squares, whole_rows
 from .operands import Operands, full_precision
 from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
@@ -65,12 +66,13 @@ class PairwiseAttention(torch.autograd.Function):
             S, kept, found = tiled.attention(x)
         ctx.lengths, ctx.centred = (q_lengths, a_lengths), x.centred
         # A low-precision S is rounded too far, and many near pairs would take more room than S itself.
-        if S.dtype != q.dtype or sum(tile.near for tile in kept) > tiled.KEPT * S.numel():
+        near_pairs = sum([near.place.shape[0] for near in found])
+        if S.dtype != q.dtype or near_pairs > tiled.KEPT * S.numel():
             ctx.kept = None
             ctx.save_for_backward(q, a)
             return S.to(q.dtype)
         ctx.kept = kept
-        near = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        near = map(torch.cat, zip(*found, strict=True)) if near_pairs else ()
         ctx.save_for_backward(q, a, S, *near)
         return S
 
@@ -87,7 +89,7 @@ class PairwiseAttention(torch.autograd.Function):
             x = _operands(ctx, q, a)
             if ctx.kept is None:
                 g = g.to(x.q.dtype)
-                grads = tiled.backward(x, tiled.whole_rows(x.sizes), lambda block, S: block.of_pairs(g))
+                grads = tiled.backward(x, whole_rows(x.sizes), lambda block, S: block.of_pairs(g))
             else:
                 S, *near = saved
                 grads = tiled.backward_from_scores(x, g, S, ctx.kept, near)
@@ -133,13 +135,13 @@ class PairwiseAttend(torch.autograd.Function):
             g = g / r[..., None]
             mean = torch.linalg.vecdot(g, O)[..., None]
 
-        def upstream(block: tiled.Block, S: Tensor) -> Tensor:
+        def upstream(block: Block, S: Tensor) -> Tensor:
             block.of_a(grad_v).baddbmm_(S.mT, block.of_q(g))
             tile = torch.bmm(block.of_q(g), block.of_a(values).mT)
             return tile if mean is None else tile.sub_(block.of_q(mean))
 
         with full_precision(q.device.type):
-            grad_q, grad_a = tiled.backward(x, tiled.squares(x.sizes), upstream)
+            grad_q, grad_a = tiled.backward(x, squares(x.sizes), upstream)
         return grad_q.to(q.dtype), grad_a.to(q.dtype), grad_v.to(v.dtype), None, None, None
 
 
@@ -167,9 +169,9 @@ class PairwiseSums(torch.autograd.Function):
         x = _operands(ctx, q, a)
         g_rows, g_cols = g_rows.to(x.q.dtype), g_cols.to(x.q.dtype)
 
-        def upstream(block: tiled.Block, S: Tensor) -> Tensor:
+        def upstream(block: Block, S: Tensor) -> Tensor:
             return block.of_q(g_rows)[..., None] + block.of_a(g_cols)[:, None]
 
         with full_precision(q.device.type):
-            grad_q, grad_a = tiled.backward(x, tiled.squares(x.sizes), upstream)
+            grad_q, grad_a = tiled.backward(x, squares(x.sizes), upstream)
         return grad_q.to(q.dtype), grad_a.to(q.dtype), None, None

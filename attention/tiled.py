@@ -32,15 +32,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Block, squares, whole_rows
 from .operands import Operands
 
 # Pairs with d² <= TAU (||q||² + ||a||²) are near.
 TAU = 1 / 8
-
-# Elements of one tile: its buffers stay in the second-level cache.
-TILE = 1 << 18
-# Side of a tile of the streaming ops: square tiles read least of q and a.
-SIDE = 512
 # Pairs are first looked at in groups of so many, most of which hold no near one.
 GROUP = 8
 # With a larger share of groups below a tile's common threshold, look for an offset, or closer.
@@ -51,30 +47,6 @@ CLOSE = 1 / 16
 KEPT = 1 / 8
 
 
-class Block(NamedTuple):
-    """The pairs of one tile: slices of the batch, of the rows of q and of those of a."""
-
-    b: slice
-    i: slice
-    j: slice
-    # Whether these are all pairs: then nothing is cut, since a view costs as much as a small operation.
-    whole: bool
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        b, i, j, _ = self
-        return b.stop - b.start, i.stop - i.start, j.stop - j.start
-
-    def of_q(self, rows: Tensor) -> Tensor:
-        return rows if self.whole else rows[self.b, self.i]
-
-    def of_a(self, rows: Tensor) -> Tensor:
-        return rows if self.whole else rows[self.b, self.j]
-
-    def of_pairs(self, pairs: Tensor) -> Tensor:
-        return pairs if self.whole else pairs[self.b, self.i, self.j]
-
-
 class Near(NamedTuple):
     """The near pairs of one tile: their places in it, ascending, and their distances."""
 
@@ -82,29 +54,11 @@ class Near(NamedTuple):
     distance: Tensor
 
 
-def blocks(sizes: tuple[int, int, int], rows: int, cols: int) -> list[Block]:
-    """Cut (B, Q, A) into tiles of rows x cols pairs, the largest first; several short sentences share one."""
-    B, Q, A = sizes
-    pairs = B * Q * A
-    rows, cols = min(rows, Q), min(cols, A)
-    if pairs <= TILE and rows == Q and cols == A:
-        return [Block(slice(0, B), slice(0, Q), slice(0, A), True)] if pairs else []
-    batch = max(1, TILE // (Q * A)) if rows == Q and cols == A else 1
-    return [
-        Block(slice(b, min(b + batch, B)), slice(i, min(i + rows, Q)), slice(j, min(j + cols, A)), False)
-        for b in range(0, B, batch)
-        for i in range(0, Q, rows)
-        for j in range(0, A, cols)
-    ]
-
-
-def whole_rows(sizes: tuple[int, int, int]) -> list[Block]:
-    """Tiles that are each one piece of S, computed in place."""
-    return blocks(sizes, max(64, TILE // max(1, sizes[2])), sizes[2])
-
-
-def squares(sizes: tuple[int, int, int]) -> list[Block]:
-    return blocks(sizes, SIDE, SIDE)
+def centred(x: Operands, blocks: list[Block]) -> list[Block]:
+    """These blocks, a common offset taken out before the first of several; a single one sees for itself."""
+    if len(blocks) > 1:
+        x.centre()
+    return blocks
 
 
 class Workspace:
@@ -212,7 +166,7 @@ def attention(x: Operands) -> tuple[Tensor, list[Kept], list[Near]]:
     S = x.q.new_empty(x.sizes)
     work = Workspace(x.q)
     kept, found = [], []
-    for block in whole_rows(x.sizes):
+    for block in centred(x, whole_rows(x.sizes)):
         tile = block.of_pairs(S)
         floor, near = distances(x, block, work, tile)
         tile.add_(1).reciprocal_()
@@ -225,7 +179,7 @@ def attention(x: Operands) -> tuple[Tensor, list[Kept], list[Near]]:
 def score_tiles(x: Operands) -> Iterator[tuple[Block, Tensor]]:
     """S one tile at a time, each gone with the next."""
     work = Workspace(x.q)
-    for block in squares(x.sizes):
+    for block in centred(x, squares(x.sizes)):
         tile = work.take("scores", block.shape)
         distances(x, block, work, tile)
         tile.add_(1).reciprocal_()

@@ -131,9 +131,10 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
             scores,
             absolute=True,
         )
-        both = {"q_lengths": lengths[0], "a_lengths": lengths[1]}
+        no_lengths: dict[str, Any] = {}
+        both: dict[str, Any] = {"q_lengths": lengths[0], "a_lengths": lengths[1]}
         for normalize in (None, "rows"):
-            for given in ({}, both):
+            for given in (no_lengths, both):
                 yield _row(
                     "pairwise/attend",
                     f"normalize {normalize}{', lengths' if given else ''}",
@@ -143,7 +144,7 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
                     [q, a, v],
                     relative,
                 )
-        for given in ({}, both):
+        for given in (no_lengths, both):
             yield _row(
                 "pairwise/sums",
                 "lengths" if given else "",
@@ -157,7 +158,7 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
         exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
         exact.load_state_dict(features.state_dict())
         doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
-        for given in ({}, both):
+        for given in (no_lengths, both):
             yield _row(
                 "pairwise/AttentionFeatures",
                 "lengths" if given else "",

@@ -19,6 +19,7 @@ from gatematch.attention import (
     pairwise_attention,
     pairwise_sums,
 )
+from gatematch.attention import blocks as blocks_module
 from gatematch.attention import tiled as tiled_module
 from gatematch.attention.reference import (
     pairwise_attend_reference,
@@ -164,8 +165,8 @@ def test_odd_sizes_and_several_tiles(B, Q, A, D):
 
 
 def test_many_tiles_of_small_sentences_and_of_long_rows(monkeypatch):
-    monkeypatch.setattr(tiled_module, "TILE", 256)
-    monkeypatch.setattr(tiled_module, "SIDE", 16)
+    monkeypatch.setattr(blocks_module, "TILE", 256)
+    monkeypatch.setattr(blocks_module, "SIDE", 16)
     words = torch.randn(30, 20)
     for B, Q, A in ((40, 9, 11), (3, 130, 40), (2, 17, 90)):
         q, a = words[torch.randint(0, 30, (B, Q))], words[torch.randint(0, 30, (B, A))]
@@ -431,7 +432,11 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     ("call", "error", "words"),
     [
         (lambda: pairwise_attention([1.0], a0), TypeError, "q must be a torch.Tensor; got list"),
-        (lambda: pairwise_attention(q0, a0.long()), TypeError, "a must be float64.*got torch.int64"),
+        (
+            lambda: pairwise_attention(q0, a0.long()),
+            TypeError,
+            "a must have the dtype of q, torch.float32; got torch.int64",
+        ),
         (
             lambda: pairwise_attention(q0, a0.double()),
             TypeError,
