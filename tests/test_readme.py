@@ -25,3 +25,13 @@ def test_its_pictures_and_links_exist():
 
 def test_nothing_is_left_to_fill_in():
     assert not re.search(r"^[A-Z]{4,}$", README.read_text(), re.MULTILINE)
+
+
+def test_its_tables_are_those_of_the_committed_results():
+    pytest.importorskip("rich")
+    from gatematch.bench.markdown import markdown
+
+    tables = re.findall(r"<!-- table (\S+) -->\n(.*?)\n<!-- end -->", README.read_text(), re.DOTALL)
+    assert len(tables) == 2
+    for path, table in tables:
+        assert table == markdown(README.parent / path), f"run: gatematch-bench table {path}"
