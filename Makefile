@@ -24,6 +24,7 @@ help:
 # Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
 # into the wheel.
 SOURCES := pyproject.toml constraints.txt $(wildcard lstm/*.py attention/*.py bench/*.py bench/*/*.py)
+comma := ,
 define install
 	rm -rf build
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -35,7 +36,7 @@ $(VENV)/for-bench: $(SOURCES)
 	$(call install,.[bench])
 
 $(VENV)/for-test: $(SOURCES)
-	$(call install,.[bench,test])
+	$(call install,.[bench$(comma)test])
 	touch $(VENV)/for-bench
 
 bench: $(VENV)/for-bench
