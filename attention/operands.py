@@ -14,6 +14,8 @@ from torch import Tensor
 
 # A common offset is taken out when its square exceeds this share of the mean ||a||².
 OFFSET = 1 / 4
+# Up to so many features, every pair's difference costs less than a product and its many near pairs.
+DIRECT = 4
 
 _CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 _CUDA: Any = torch.backends.cuda.matmul
@@ -61,6 +63,7 @@ class Operands:
         sizes: (B, Q, A).
         padded: whether lengths were given.
         centred: whether `centre` has found an offset.
+        direct: whether every distance is taken from the difference.
     """
 
     q_squares: Tensor
@@ -84,7 +87,9 @@ class Operands:
         B, Q, _ = q.shape
         self.sizes = B, Q, a.shape[1]
         self.padded = q_lengths is not None or a_lengths is not None
-        self.measured = self.searched = self.centred = False
+        self.measured = self.centred = False
+        # Differences have no use for another centre.
+        self.searched = self.direct = q.shape[2] <= DIRECT
 
     def measure(self) -> None:
         """Left to the first tile that needs it: most backward passes do without."""

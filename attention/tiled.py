@@ -7,6 +7,7 @@ and half of all d² near 0 even come out negative. So every **near** pair, d² <
 is recomputed from the difference q_i - a_j itself; the cost follows the number of near pairs. For the
 others the error left in S is at most c ε / (8 TAU): with c <= 11, as measured for D up to 4096, and
 TAU = 1/8 that is 7e-7 in float32.
+With up to DIRECT features the differences themselves cost less, and every pair is computed from them.
 A common offset of all rows changes no distance but makes all pairs look near, so it is taken out first.
 
 With k = g / (d (1 + d)²) for g = dL/dS, and k = 0 where d = 0 (the subgradient), the gradients are
@@ -94,6 +95,8 @@ def differences(x: Operands, q_row: Tensor, a_row: Tensor) -> Tensor:
 
 def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[float, Near | None]:
     """Fill `out` with the distances of one tile; returns what all but the near pairs exceed, and those."""
+    if x.direct:
+        return direct_distances(x, block, work, out), None
     if not x.measured:
         x.measure()
     torch.add(block.of_q(x.q_norms), block.of_a(x.a_norms).mT, out=out)
@@ -120,6 +123,29 @@ def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[
     if near is not None:
         out.view(-1).index_copy_(0, near.place, near.distance)
     return max(floor, 0) ** 0.5, near
+
+
+def direct_distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> float:
+    """Fill `out` with the distances of one tile, feature by feature; returns the smallest."""
+    step = work.take("step", out.shape)
+    out.zero_()
+    for q, a in features(block, x.q, x.a):
+        torch.sub(q, a, out=step)
+        out.addcmul_(step, step)
+    smallest = out.amin().item()
+    if x.q_padding is not None:
+        out.masked_fill_(block.of_q(x.q_padding), torch.inf)
+    if x.a_padding is not None:
+        out.masked_fill_(block.of_a(x.a_padding).mT, torch.inf)
+    out.sqrt_()
+    return smallest**0.5
+
+
+def features(block: Block, q: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """One feature after the other: that of q (b, rows, 1) and that of a (b, 1, cols)."""
+    q, a = block.of_q(q), block.of_a(a)
+    for feature in range(q.shape[2]):
+        yield q[..., feature, None], a[:, None, :, feature]
 
 
 def groups_within(values: Tensor, bound: float) -> Tensor:
@@ -220,9 +246,21 @@ class Gradients:
         self.q, self.a = make(x.q), make(x.a)
 
     def add_far(self, block: Block, k: Tensor) -> None:
+        if self.x.direct:
+            return self._add_direct(block, k)
         q, a = block.of_q(self.x.q_centred), block.of_a(self.x.a_centred)
         self._add(block.of_q(self.q), q, k, a, block.j.start == 0)
         self._add(block.of_a(self.a), a, k.mT, q, block.i.start == 0)
+
+    def _add_direct(self, block: Block, k: Tensor) -> None:
+        grads = features(block, self.q, self.a)
+        for (q, a), (grad_q, grad_a) in zip(features(block, self.x.q, self.x.a), grads, strict=True):
+            step = (a - q).mul_(k)
+            for grad, total, first in (
+                (grad_q, step.sum(2, keepdim=True), block.j.start == 0),
+                (grad_a, step.sum(1, keepdim=True).neg_(), block.i.start == 0),
+            ):
+                grad.copy_(total) if first else grad.add_(total)
 
     @staticmethod
     def _add(grad: Tensor, rows: Tensor, k: Tensor, others: Tensor, first: bool) -> None:
@@ -261,6 +299,8 @@ def backward(
         k = torch.div(g, t.square_().mul_(d), out=t)
         # Padding has S = 0, where the upstream gradient may be infinite, as that of log S is.
         k.masked_fill_(d.isinf(), 0)
+        if x.direct:
+            k.masked_fill_(d == 0, 0)
         if near is not None:
             k.view(-1).index_fill_(0, near.place, 0)
         gradients.add_far(block, k)
@@ -288,6 +328,7 @@ def backward_from_scores(
         if close:
             distances(x, block, Workspace(x.q), t)
             torch.add(t, 1, out=k).square_().mul_(t).reciprocal_()
+            k.masked_fill_(t == 0, 0)
         else:
             torch.pow(tile, 3, out=k).div_(torch.sub(1, tile, out=t))
         k.mul_(block.of_pairs(g))

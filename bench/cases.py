@@ -87,6 +87,8 @@ CASES = [
     _pairwise("documents", 8, 512, 512, 128, "offset"),
     _pairwise("documents-300", 16, 512, 512, 300),
     _pairwise("long", 1, 2048, 2048, 128),
+    _pairwise("narrow", 8, 512, 512, 16),
+    _pairwise("points", 8, 512, 512, 3),
 ]
 
 

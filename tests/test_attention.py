@@ -65,7 +65,7 @@ def assert_gradients_exact(q, a, g, grads):
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0])
-@pytest.mark.parametrize("norm", [None, 0.01, 1.0, 2.7, 100.0])
+@pytest.mark.parametrize("norm", [None, 0.01, 1.0, 2.0, 2.7, 100.0])
 @pytest.mark.parametrize("D", [1, 3, 7, 50, 300, 768])
 def test_float32_is_exact_at_every_distance(D, norm, offset):
     q, a = at_distances(D, norm=norm, offset=offset)
