@@ -1,5 +1,6 @@
 """The README's examples run as they stand."""
 
+import json
 import pathlib
 import re
 
@@ -35,3 +36,30 @@ def test_its_tables_are_those_of_the_committed_results():
     assert len(tables) == 2
     for path, table in tables:
         assert table == markdown(README.parent / path), f"run: gatematch-bench table {path}"
+
+
+def test_its_other_numbers_are_those_of_the_committed_results():
+    results = README.parent / "bench" / "results" / "cpu"
+    answers, speed = (
+        json.loads((results / f"{name}.json").read_text())["rows"] for name in ("answers", "speed")
+    )
+    (slower,) = (row["ratio"] for row in answers if row["case"] == "answers/time")
+    cdist = [(row, row["peers"]["cdist, fast mode"]) for row in speed if "cdist, fast mode" in row["peers"]]
+    memory = [peer["peak_bytes"] / row["ours"]["peak_bytes"] for row, peer in cdist if "ratio" in peer]
+    wrong = max(peer["error"] for row, peer in cdist if row["data"] == "text")
+    text = [row["time_to_random"] for row in speed if row["data"] == "text"]
+    compiled = [row["peers"]["compiled expansion"] for row, _ in cdist]
+    ratios = [peer["ratio"] for peer in compiled if "ratio" in peer]
+    prose = " ".join(README.read_text().split())
+    for claim in (
+        f"{100 * (slower - 1):.0f}% slower an epoch",
+        f"{min(memory):.1f} to {max(memory):.0f} times less memory",
+        f"misses by up to {wrong:.2f}",
+        f"{min(text):.1f}x to {max(text):.1f}x in the table",
+        f"takes {min(ratios):.2f} to {max(ratios):.2f} of our time",
+    ):
+        assert claim in prose, claim
+    for seed in (1, 2):
+        rows = json.loads((results / f"answers-seed{seed}.json").read_text())["rows"]
+        scores = {row["case"]: row["map"] for row in rows if "map" in row}
+        assert scores["answers/model+overlap"] > scores["answers/bm25"]
