@@ -1,1 +1,1 @@
-"""Device code and its launch: one kernel family per file, forward then backward. Importing it needs no GPU."""
+"""Device code and its launch: one kernel family per file, forward then backward. Imports without a GPU."""

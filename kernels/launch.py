@@ -1,0 +1,40 @@
+"""How tensors are laid out for the kernels, and how many programs they take.
+
+Sizes and strides are never specialised on, so no length compiles anything anew. Strides go in divided by a
+power of two that divides all of them, which is compiled in: loads are then as wide as the layout allows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Rows further apart than this would overflow the offsets inside a tile: they are copied.
+MAX_STRIDE = 2**24
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (B, L, D) as the kernels read it: features side by side, rows not too far apart."""
+    return x if (x.stride(2) == 1 or x.shape[2] == 1) and x.stride(1) < MAX_STRIDE else x.contiguous()
+
+
+def width(itemsize: int, *steps: int) -> int:
+    """The widest load, in elements, that starts at a multiple of its width at every one of these steps."""
+    step = math.gcd(*steps)
+    return min(step & -step, 16 // itemsize)
+
+
+def product_precision(dtype: torch.dtype, precision: str, arch: str) -> str:
+    """What tl.dot is told; for 16-bit inputs, only where rows less their centre are multiplied."""
+    if arch.startswith("gfx"):
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 and precision == "float32" else "tf32"
+
+
+def programs(number: int) -> tuple[int]:
+    """A flat grid."""
+    if number >= 2**31:
+        raise ValueError(f"q and a must need fewer than 2**31 tiles; got {number}: split the batch")
+    return (number,)

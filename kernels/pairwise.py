@@ -1,0 +1,353 @@
+"""Pairwise attention on tensor cores, exact at every distance, forward and backward.
+
+    S[b, i, j] = 1 / (1 + d),    d² = ||q_i||² + ||a_j||² - 2 q_i·a_j         (far pairs: one product a tile)
+                                 d² = sum_k (q_ik - a_jk)²                    (near pairs)
+
+Near pairs, common offsets and the bound on the error: see distance.py. A tile is stored from the product and,
+after a barrier, its near pairs are stored over it. Up to DIRECT features all pairs are computed from their
+differences.
+
+For training the forward also stores R = d for far pairs and -d for near ones (float32), and the centre. With
+k = g S² / d for g = dL/dS, and k = 0 where d = 0,
+
+    dL/dx_i = (K y)_i - (sum_j k_ij) x_i                  (far pairs: one product a tile, k rounded once)
+    dL/dx_i = sum_p [row_p = i] k_p (y_p - x_p)           (near pairs: differences first; the sum over p is
+                                                           a product with a one-hot matrix, its order fixed)
+
+for (x, y) = (q, a) and again for (a, q). A program owns its block of dL/dx and walks the tiles in order, once
+for the far pairs and, if there are any, once for the near ones (one walk would need more registers than there
+are): no atomics, the same bits in every run.
+
+Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), R (B, Q, A up to a multiple of 4), centre (B, D), lengths (B,).
+Paper: Yin et al., "ABCNN", TACL 2016.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .distance import (
+    DIRECT,
+    add_to_rows,
+    as_multiplied,
+    centre_of,
+    differences,
+    expand,
+    has_offset,
+    is_near,
+    length_of,
+    near_distances,
+    near_words,
+    pick,
+    slope,
+    squares_by_feature,
+)
+from .launch import MAX_STRIDE, product_precision, programs, rows, width
+
+_STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
+
+
+@triton.jit(do_not_specialize=["M", "N", "D", *_STRIDES, "stride_s", "stride_r"])
+def pairwise_fwd(
+    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, s_ptr, r_ptr, centre_ptr,
+    M, N, D,
+    stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
+    stride_s: tl.int64, stride_r: tl.int64,
+    VEC_D: tl.constexpr, VEC_S: tl.constexpr, PREC: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A tile of S, and of R and the centre where they are given, for x = q and y = a.
+
+    FEW: D is at most DIRECT. Strides: of x and y in units of VEC_D elements, of S in VEC_S, of R in 4.
+    """
+    D *= VEC_D
+    stride_x *= VEC_D
+    stride_y *= VEC_D
+    stride_s *= VEC_S
+    stride_r *= 4
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M) * tiles_n
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    i0 = tile // tiles_n * BLOCK_M
+    j0 = tile % tiles_n * BLOCK_N
+    y_end = length_of(y_lengths_ptr, b, N)
+    x_left = length_of(x_lengths_ptr, b, M) - i0
+    y_left = y_end - j0
+    rows_ptr = y_ptr + b * stride_yb * VEC_D
+    x_ptr += b * stride_xb * VEC_D + i0 * stride_x
+    y_ptr = rows_ptr + j0 * stride_y
+    s_ptr += (b * M + i0) * stride_s + j0
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    inside = (i < M - i0)[:, None] & (j < N - j0)[None, :]
+    s_at = s_ptr + i[:, None] * stride_s.to(tl.int32) + j[None, :]
+    if (x_left <= 0) | (y_left <= 0):
+        tl.store(s_at, tl.zeros((BLOCK_M, BLOCK_N), s_ptr.dtype.element_ty), inside)
+        return
+
+    step_x = stride_x.to(tl.int32)
+    step_y = stride_y.to(tl.int32)
+    valid = (i < x_left)[:, None] & (j < y_left)[None, :]
+    if FEW:
+        d2 = squares_by_feature(x_ptr, y_ptr, x_left, y_left, D, step_x, step_y, BLOCK_M, BLOCK_N)
+    else:
+        centred = has_offset(rows_ptr, D, y_end, stride_y)
+        if centred:
+            squares, d2 = expand(
+                x_ptr, y_ptr, rows_ptr, x_left, y_left, y_end, D, step_x, step_y, stride_y, PREC, True,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            squares, d2 = expand(
+                x_ptr, y_ptr, rows_ptr, x_left, y_left, y_end, D, step_x, step_y, stride_y, PREC, False,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        # Every tile of a sequence finds the same centre; the one that is there in all of them keeps it.
+        if centre_ptr is not None and tile == 0:
+            for k0 in range(0, D, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                centre = tl.where(centred, centre_of(rows_ptr, k, D, y_end, stride_y), 0.0)
+                tl.store(centre_ptr + b * D + k, centre, k < D)
+    d = tl.sqrt(d2)
+    tl.store(s_at, tl.where(valid, 1.0 / (1.0 + d), 0.0).to(s_ptr.dtype.element_ty), inside)
+    if r_ptr is not None:
+        r_ptr += (b * M + i0) * stride_r + j0
+        tl.store(r_ptr + i[:, None] * stride_r.to(tl.int32) + j[None, :], d, valid)
+    if not FEW:
+        near = is_near(d2, squares, valid)
+        counts = tl.sum(near.to(tl.int32), 1)
+        number = tl.sum(counts, 0)
+        if number > 0:
+            words = near_words(near, BLOCK_N)
+            most = tl.max(counts, 0)
+            tl.debug_barrier()  # all pairs are stored before the near ones are stored over them
+            for p0 in range(0, number, BLOCK_P):
+                p = p0 + tl.arange(0, BLOCK_P)
+                live = p < number
+                row, column = pick(words, counts, most, p, BLOCK_M)
+                near_d = near_distances(
+                    x_ptr, y_ptr, row, column, live, D, step_x, step_y, BLOCK_P, 2 * BLOCK_K
+                )
+                near_s = (1.0 / (1.0 + near_d)).to(s_ptr.dtype.element_ty)
+                tl.store(s_ptr + row * stride_s.to(tl.int32) + column, near_s, live)
+                if r_ptr is not None:
+                    tl.store(r_ptr + row * stride_r.to(tl.int32) + column, -near_d, live)
+
+
+@triton.jit
+def of_pairs(i, j, stride, TRANSPOSED: tl.constexpr):
+    """Where the pairs (i, j) of x and y are in a matrix with rows of x, or of y if TRANSPOSED."""
+    if TRANSPOSED:
+        return j * stride + i
+    else:
+        return i * stride + j
+
+
+@triton.jit(do_not_specialize=["M", "N", "D", *_STRIDES, "stride_rb", "stride_r", "stride_gb", "stride_g"])
+def pairwise_bwd(
+    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, r_ptr, g_ptr, centre_ptr, dx_ptr,
+    M, N, D,
+    stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
+    stride_rb: tl.int64, stride_r: tl.int64, stride_gb: tl.int64, stride_g: tl.int64,
+    VEC_D: tl.constexpr, VEC_G: tl.constexpr, PREC: tl.constexpr, FEW: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K columns of dL/dx for BLOCK_M rows of x.
+
+    TRANSPOSED: x = a, so R and g have rows of y. Strides: of x and y in units of VEC_D elements, of g in
+    VEC_G, of R in 4.
+    """
+    D *= VEC_D
+    stride_x *= VEC_D
+    stride_y *= VEC_D
+    stride_r *= 4
+    stride_g *= VEC_G
+    # The programs of one block of rows come one after the other: they read the same R and g.
+    tiles_k = tl.cdiv(D, BLOCK_K)
+    tiles = tl.cdiv(M, BLOCK_M) * tiles_k
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    i0 = tile // tiles_k * BLOCK_M
+    k = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    x_left = length_of(x_lengths_ptr, b, M) - i0
+    y_end = length_of(y_lengths_ptr, b, N)
+    x_ptr += b * stride_xb * VEC_D + i0 * stride_x
+    y_ptr += b * stride_yb * VEC_D
+    r_ptr += b * stride_rb * 4 + of_pairs(i0, 0, stride_r, TRANSPOSED)
+    g_ptr += b * stride_gb * VEC_G + of_pairs(i0, 0, stride_g, TRANSPOSED)
+    step_x = stride_x.to(tl.int32)
+    step_y = stride_y.to(tl.int32)
+    step_r = stride_r.to(tl.int32)
+    step_g = stride_g.to(tl.int32)
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    in_x = i < x_left
+    in_k = k < D
+    slopes = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    near_pairs = tl.zeros((BLOCK_M,), tl.int32)
+    centre = tl.zeros((BLOCK_K,), tl.float32)
+    if x_left <= 0:
+        y_end = 0
+    if centre_ptr is not None:
+        centre = tl.load(centre_ptr + b * D + k, in_k & (y_end > 0), other=0.0)
+    for j0 in range(0, y_end, BLOCK_N):
+        in_y = j < y_end - j0
+        valid = in_x[:, None] & in_y[None, :]
+        r_at = r_ptr + of_pairs(0, j0, stride_r, TRANSPOSED)
+        g_at = g_ptr + of_pairs(0, j0, stride_g, TRANSPOSED)
+        d = tl.load(r_at + of_pairs(i[:, None], j[None, :], step_r, TRANSPOSED), valid, other=0.0)
+        g = tl.load(g_at + of_pairs(i[:, None], j[None, :], step_g, TRANSPOSED), valid, other=0.0)
+        s = tl.where(d < 0.0, 0.0, slope(g.to(tl.float32), d))
+        y_at = y_ptr + j0 * stride_y
+        if FEW:
+            for f in range(0, D):
+                x = tl.load(x_ptr + i * step_x + f, in_x, other=0.0).to(tl.float32)
+                y = tl.load(y_at + j * step_y + f, in_y, other=0.0).to(tl.float32)
+                steps = tl.sum(s * (y[None, :] - x[:, None]), 1)
+                total += tl.where((k == f)[None, :], steps[:, None], 0.0)
+        else:
+            y = tl.load(y_at + j[:, None] * step_y + k[None, :], in_y[:, None] & in_k[None, :], other=0.0)
+            if y.dtype == tl.bfloat16:
+                s = s.to(tl.bfloat16)
+            else:  # slopes may be too large for float16
+                y = y.to(tl.float32)
+                if centre_ptr is not None:
+                    y = tl.where(in_y[:, None], y - centre[None, :], 0.0)
+                y = as_multiplied(y, PREC)
+                s = as_multiplied(s, PREC)
+            slopes += tl.sum(s.to(tl.float32), 1)
+            total = tl.dot(s, y, total, input_precision=PREC)
+            near_pairs += tl.sum((d < 0.0).to(tl.int32), 1)
+    if not FEW:
+        x = tl.load(x_ptr + i[:, None] * step_x + k[None, :], in_x[:, None] & in_k[None, :], other=0.0)
+        total -= slopes[:, None] * (x.to(tl.float32) - centre[None, :])
+        if tl.sum(near_pairs, 0) > 0:
+            # These loops hold too much to be pipelined: there is rarely more than one turn.
+            for j0 in tl.range(0, y_end, BLOCK_N, num_stages=1):
+                valid = in_x[:, None] & (j < y_end - j0)[None, :]
+                r_at = r_ptr + of_pairs(0, j0, stride_r, TRANSPOSED)
+                g_at = g_ptr + of_pairs(0, j0, stride_g, TRANSPOSED)
+                y_at = y_ptr + j0 * stride_y
+                d = tl.load(r_at + of_pairs(i[:, None], j[None, :], step_r, TRANSPOSED), valid, other=0.0)
+                near = d < 0.0
+                counts = tl.sum(near.to(tl.int32), 1)
+                number = tl.sum(counts, 0)
+                if number > 0:
+                    words = near_words(near, BLOCK_N)
+                    most = tl.max(counts, 0)
+                    for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
+                        p = p0 + tl.arange(0, BLOCK_P)
+                        live = p < number
+                        row, column = pick(words, counts, most, p, BLOCK_M)
+                        near_d = -tl.load(r_at + of_pairs(row, column, step_r, TRANSPOSED), live, other=0.0)
+                        near_g = tl.load(g_at + of_pairs(row, column, step_g, TRANSPOSED), live, other=0.0)
+                        mask = live[:, None] & in_k[None, :]
+                        step = differences(y_at, x_ptr, column, row, k, mask, step_y, step_x)
+                        step *= slope(near_g.to(tl.float32), near_d)[:, None]
+                        total = add_to_rows(total, row, step, PREC, BLOCK_M)
+    dx_at = dx_ptr + (b * M + i0) * D + i[:, None] * D + k[None, :]
+    tl.store(dx_at, total.to(dx_ptr.dtype.element_ty), (i < M - i0)[:, None] & in_k[None, :])
+
+
+def attention_forward(
+    q: Tensor,
+    a: Tensor,
+    q_lengths: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    *,
+    precision: str = "float32",
+    save: bool = False,
+    tile: config.Config | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """S, and with `save` what the backward needs of it: R and the centre (float32 with many features only).
+
+    q (B, Q, D), a (B, A, D): float32, float16 or bfloat16, any strides. precision "tf32" gives up exactness
+    of far pairs in float32 for a third of the products.
+    """
+    (B, Q, D), A = q.shape, a.shape[1]
+    S = q.new_empty(B, Q, A)
+    R = q.new_empty(B, Q, -(-A // 4) * 4, dtype=torch.float32) if save else None
+    centre = (
+        q.new_zeros(B, D, dtype=torch.float32) if save and q.dtype == torch.float32 and DIRECT < D else None
+    )
+    if S.numel() == 0:
+        return S, R, centre
+    arch = config.architecture(q.device)
+    tile = tile or config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
+    x, y = rows(q), rows(a)
+    vec_d = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
+    vec_s = width(S.element_size(), A)
+    grid = programs(B * triton.cdiv(Q, tile.blocks["BLOCK_M"]) * triton.cdiv(A, tile.blocks["BLOCK_N"]))
+    with torch.cuda.device_of(q):
+        pairwise_fwd[grid](
+            x, y, q_lengths, a_lengths, S, R, centre,
+            Q, A, D // vec_d,
+            *(stride // vec_d for stride in (*x.stride()[:2], *y.stride()[:2])),
+            A // vec_s, 0 if R is None else R.stride(1) // 4,
+            VEC_D=vec_d, VEC_S=vec_s, PREC=product_precision(q.dtype, precision, arch), FEW=DIRECT >= D,
+            **tile.options,
+        )  # fmt: skip
+    return S, R, centre
+
+
+def attention_backward(
+    q: Tensor,
+    a: Tensor,
+    R: Tensor,
+    centre: Tensor | None,
+    g: Tensor,
+    q_lengths: Tensor | None = None,
+    a_lengths: Tensor | None = None,
+    *,
+    precision: str = "float32",
+    wanted: tuple[bool, bool] = (True, True),
+    tile: config.Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dq and dL/da, those wanted, for g = dL/dS (B, Q, A) and what `attention_forward` saved."""
+    g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
+    sides = ((q, a, q_lengths, a_lengths, False), (a, q, a_lengths, q_lengths, True))
+    dq, da = (
+        _gradient(*side, R, centre, g, precision, tile) if want else None
+        for side, want in zip(sides, wanted, strict=True)
+    )
+    return dq, da
+
+
+def _gradient(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    transposed: bool,
+    R: Tensor,
+    centre: Tensor | None,
+    g: Tensor,
+    precision: str,
+    tile: config.Config | None,
+) -> Tensor:
+    (B, M, D), N = x.shape, y.shape[1]
+    if B * M * N == 0:
+        return torch.zeros_like(x)
+    dx = x.new_empty(B, M, D)
+    arch = config.architecture(x.device)
+    tile = tile or config.choose("pairwise_bwd", arch, x.dtype, {"Q": M, "A": N, "D": D})
+    x, y = rows(x), rows(y)
+    vec_d = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
+    vec_g = width(g.element_size(), *g.stride()[:2])
+    grid = programs(B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_K"]))
+    with torch.cuda.device_of(x):
+        pairwise_bwd[grid](
+            x, y, x_lengths, y_lengths, R, g, centre, dx,
+            M, N, D // vec_d,
+            *(stride // vec_d for stride in (*x.stride()[:2], *y.stride()[:2])),
+            *(stride // 4 for stride in R.stride()[:2]),
+            *(stride // vec_g for stride in g.stride()[:2]),
+            VEC_D=vec_d, VEC_G=vec_g, PREC=product_precision(x.dtype, precision, arch),
+            FEW=DIRECT >= D, TRANSPOSED=transposed,
+            **tile.options,
+        )  # fmt: skip
+    return dx
