@@ -1,10 +1,17 @@
 """Pairwise attention as functions: check the arguments, choose the path.
 
+On CUDA that is the kernels, elsewhere `tiled.py`; float64 is for `tiled.py` everywhere.
+
 ``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` (Yin et al., "ABCNN", TACL 2016). Shapes: q (B, Q, D),
 a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one unbatched pair of sentences.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,6 +28,7 @@ def pairwise_attention(
     a_lengths: Tensor | None = None,
     *,
     impl: str = "auto",
+    precision: str = "float32",
 ) -> Tensor:
     """Pairwise attention ``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)``, in the graph and batched.
 
@@ -33,7 +41,10 @@ def pairwise_attention(
         q_lengths: (B,) integers on the device of q, how many rows of each q are real; the others score 0,
             whatever they hold, and get no gradient.
         a_lengths: the same for a.
-        impl: "auto" or "torch"; "triton" raises, since this version has no CUDA kernel yet.
+        impl: "auto": the Triton kernels on CUDA, "torch" elsewhere and for float64. "triton": the kernels,
+            or an error that says why not. "torch": PyTorch's own operations, tile by tile, on any device.
+        precision: "float32", or "tf32" to allow the kernels, for float32 inputs, a third of the products:
+            scores of rows that are not close are then off by up to 1e-3. Other paths and dtypes stay exact.
 
     Returns:
         S, (B, Q, A) or (Q, A), in the dtype of q, under autocast too.
@@ -41,10 +52,14 @@ def pairwise_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = _check(q, a, q_lengths, a_lengths, impl)
+    unbatched = _check(q, a, q_lengths, a_lengths, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
-    S: Tensor = ops.PairwiseAttention.apply(q, a, q_lengths, a_lengths)
+    S: Tensor
+    if _takes_kernels(q, impl):
+        S = _kernels().PairwiseAttention.apply(q, a, q_lengths, a_lengths, precision)
+    else:
+        S = ops.PairwiseAttention.apply(q, a, q_lengths, a_lengths)
     return S[0] if unbatched else S
 
 
@@ -57,11 +72,12 @@ def pairwise_attend(
     q_lengths: Tensor | None = None,
     a_lengths: Tensor | None = None,
     impl: str = "auto",
+    precision: str = "float32",
 ) -> Tensor:
     """``S @ v`` without S in memory: peak memory is O(Q + A), forward and backward.
 
     Args:
-        q, a, q_lengths, a_lengths, impl: as for :func:`pairwise_attention`.
+        q, a, q_lengths, a_lengths, impl, precision: as for :func:`pairwise_attention`.
         v: (B, A, V) or (A, V), dtype and device of q; rows past `a_lengths` count as 0.
         normalize: None, or "rows" to divide row i by ``sum_j S[b, i, j]`` (rows without any pair give 0).
 
@@ -71,7 +87,7 @@ def pairwise_attend(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = _check(q, a, q_lengths, a_lengths, impl)
+    unbatched = _check(q, a, q_lengths, a_lengths, impl, precision)
     _check_rows("v", v, q)
     if v.dim() != a.dim() or v.shape[:-1] != a.shape[:-1]:
         expected = ", ".join(map(str, a.shape[:-1]))
@@ -82,7 +98,11 @@ def pairwise_attend(
         raise ValueError(f'normalize must be None or "rows"; got {normalize!r}')
     if unbatched:
         q, a, v = q[None], a[None], v[None]
-    O: Tensor = ops.PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize)
+    O: Tensor
+    if _takes_kernels(q, impl):
+        O = _kernels().PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize, precision)
+    else:
+        O = ops.PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize)
     return O[0] if unbatched else O
 
 
@@ -93,11 +113,12 @@ def pairwise_sums(
     a_lengths: Tensor | None = None,
     *,
     impl: str = "auto",
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """Row sums and column sums of S without S in memory (the weights of ABCNN-2's pooling).
 
     Args:
-        q, a, q_lengths, a_lengths, impl: as for :func:`pairwise_attention`.
+        q, a, q_lengths, a_lengths, impl, precision: as for :func:`pairwise_attention`.
 
     Returns:
         ``S.sum(2)`` (B, Q) and ``S.sum(1)`` (B, A), or (Q,) and (A,), in the dtype of q.
@@ -105,14 +126,48 @@ def pairwise_sums(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = _check(q, a, q_lengths, a_lengths, impl)
+    unbatched = _check(q, a, q_lengths, a_lengths, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
-    r, c = ops.PairwiseSums.apply(q, a, q_lengths, a_lengths)
+    if _takes_kernels(q, impl):
+        r, c = _kernels().PairwiseSums.apply(q, a, q_lengths, a_lengths, precision)
+    else:
+        r, c = ops.PairwiseSums.apply(q, a, q_lengths, a_lengths)
     return (r[0], c[0]) if unbatched else (r, c)
 
 
-def _check(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None, impl: str) -> bool:
+def _kernels() -> ModuleType:
+    """The ops of the kernels: imported when they are first used, since they need Triton."""
+    from . import triton_ops
+
+    return triton_ops
+
+
+def _no_kernels(q: Tensor) -> str | None:
+    """Why the kernels cannot serve these inputs, or None if they can."""
+    if q.dtype == torch.float64:
+        return "the kernels take float32, float16 and bfloat16; got float64"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the kernels run on CUDA; got {q.device}"
+    if not _has_triton():
+        return "triton is not installed"
+    if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return f"the kernels need compute capability 8.0; got {torch.cuda.get_device_name(q.device)}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _takes_kernels(q: Tensor, impl: str) -> bool:
+    return impl == "triton" or (impl == "auto" and q.is_cuda and _no_kernels(q) is None)
+
+
+def _check(
+    q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None, impl: str, precision: str
+) -> bool:
     """Raise for anything wrong; returns whether q and a are unbatched."""
     _check_rows("q", q, q)
     _check_rows("a", a, q)
@@ -139,12 +194,12 @@ def _check(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | N
     for name, lengths, rows, size in (("q_lengths", q_lengths, q, "Q"), ("a_lengths", a_lengths, a, "A")):
         if lengths is not None:
             _check_lengths(name, lengths, rows, size)
-    if impl == "triton":
-        raise ValueError(
-            'impl="triton" is not available: this version has no CUDA kernel yet; use "auto" or "torch"'
-        )
-    if impl not in ("auto", "torch"):
+    if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch"; got {impl!r}')
+    if precision not in ("float32", "tf32"):
+        raise ValueError(f'precision must be "float32" or "tf32"; got {precision!r}')
+    if impl == "triton" and (reason := _no_kernels(q)) is not None:
+        raise ValueError(f'impl="triton" cannot serve this call: {reason}; use "auto" or "torch"')
     return q.dim() == 2
 
 
@@ -178,8 +233,13 @@ def _check_lengths(name: str, lengths: Tensor, rows: Tensor, size: str) -> None:
         )
     if lengths.device != rows.device:
         raise ValueError(f"{name} must be on the device of q, {rows.device}; got {lengths.device}")
-    # On other devices, and inside a compiled graph, looking at the values would make the device wait.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and lengths.numel():
+    if torch.compiler.is_compiling() or not lengths.numel():
+        return
+    # Looking at the values would make a device wait; there, wrong lengths are cut to what is possible.
+    if lengths.device.type != "cpu":
+        if os.environ.get("GATEMATCH_DEBUG") == "1":
+            torch._assert_async(((lengths >= 0) & (lengths <= rows.shape[1])).all())
+    else:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > rows.shape[1]:
             wrong = low if low < 0 else high

@@ -1,7 +1,7 @@
 """Autograd for the tiled path: first derivatives tile by tile, higher ones through the reference.
 
 A backward pass that is itself to be differentiated (``create_graph=True``) goes through `reference.py`,
-so that every derivative exists; a plain one never pays for that.
+so that every derivative exists; a plain one never pays for that. `triton_ops.py` has the same for kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .reference import pairwise_attend_reference, pairwise_attention_reference, 
 Grads = tuple[Tensor | None, ...]
 
 
-def _differentiable(
+def differentiable(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: tuple[Tensor, ...],
     upstream: tuple[Tensor, ...],
@@ -84,7 +84,7 @@ class PairwiseAttention(torch.autograd.Function):
             def reference(q: Tensor, a: Tensor) -> Tensor:
                 return pairwise_attention_reference(q, a, *ctx.lengths)
 
-            return *_differentiable(reference, (q, a), (g,)), None, None
+            return *differentiable(reference, (q, a), (g,)), None, None
         with full_precision(q.device.type):
             x = _operands(ctx, q, a)
             if ctx.kept is None:
@@ -124,7 +124,7 @@ class PairwiseAttend(torch.autograd.Function):
             def reference(q: Tensor, a: Tensor, v: Tensor) -> Tensor:
                 return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, ctx.normalize)
 
-            return *_differentiable(reference, (q, a, v), (g,)), None, None, None
+            return *differentiable(reference, (q, a, v), (g,)), None, None, None
         x = _operands(ctx, q, a)
         g, values = g.to(x.q.dtype), _values(x, v)
         grad_v = torch.zeros_like(values)
@@ -165,7 +165,7 @@ class PairwiseSums(torch.autograd.Function):
             def reference(q: Tensor, a: Tensor) -> tuple[Tensor, ...]:
                 return pairwise_sums_reference(q, a, *ctx.lengths)
 
-            return *_differentiable(reference, (q, a), (g_rows, g_cols)), None, None
+            return *differentiable(reference, (q, a), (g_rows, g_cols)), None, None
         x = _operands(ctx, q, a)
         g_rows, g_cols = g_rows.to(x.q.dtype), g_cols.to(x.q.dtype)
 

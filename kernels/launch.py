@@ -23,7 +23,7 @@ def rows(x: Tensor) -> Tensor:
 def width(itemsize: int, *steps: int) -> int:
     """The widest load, in elements, that starts at a multiple of its width at every one of these steps."""
     step = math.gcd(*steps)
-    return min(step & -step, 16 // itemsize)
+    return min(step & -step, 16 // itemsize) if step else 16 // itemsize
 
 
 def product_precision(dtype: torch.dtype, precision: str, arch: str) -> str:

@@ -256,28 +256,26 @@ def pairwise_bwd(
 def attention_forward(
     q: Tensor,
     a: Tensor,
-    q_lengths: Tensor | None = None,
-    a_lengths: Tensor | None = None,
+    q_lengths: Tensor | None,
+    a_lengths: Tensor | None,
     *,
     precision: str = "float32",
     save: bool = False,
-    tile: config.Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """S, and with `save` what the backward needs of it: R and the centre (float32 with many features only).
+    """S, and with `save` what the backward needs of it: R, and in float32 with many features the centre.
 
     q (B, Q, D), a (B, A, D): float32, float16 or bfloat16, any strides. precision "tf32" gives up exactness
     of far pairs in float32 for a third of the products.
     """
     (B, Q, D), A = q.shape, a.shape[1]
     S = q.new_empty(B, Q, A)
-    R = q.new_empty(B, Q, -(-A // 4) * 4, dtype=torch.float32) if save else None
-    centre = (
-        q.new_zeros(B, D, dtype=torch.float32) if save and q.dtype == torch.float32 and DIRECT < D else None
-    )
+    R = q.new_empty(B, Q, triton.cdiv(A, 4) * 4, dtype=torch.float32) if save else None
+    centred = save and q.dtype == torch.float32 and D > DIRECT
+    centre = q.new_zeros(B, D) if centred else None
     if S.numel() == 0:
         return S, R, centre
     arch = config.architecture(q.device)
-    tile = tile or config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
+    tile = config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
     x, y = rows(q), rows(a)
     vec_d = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
     vec_s = width(S.element_size(), A)
@@ -288,54 +286,33 @@ def attention_forward(
             Q, A, D // vec_d,
             *(stride // vec_d for stride in (*x.stride()[:2], *y.stride()[:2])),
             A // vec_s, 0 if R is None else R.stride(1) // 4,
-            VEC_D=vec_d, VEC_S=vec_s, PREC=product_precision(q.dtype, precision, arch), FEW=DIRECT >= D,
+            VEC_D=vec_d, VEC_S=vec_s, PREC=product_precision(q.dtype, precision, arch), FEW=D <= DIRECT,
             **tile.options,
         )  # fmt: skip
     return S, R, centre
 
 
-def attention_backward(
-    q: Tensor,
-    a: Tensor,
-    R: Tensor,
-    centre: Tensor | None,
-    g: Tensor,
-    q_lengths: Tensor | None = None,
-    a_lengths: Tensor | None = None,
-    *,
-    precision: str = "float32",
-    wanted: tuple[bool, bool] = (True, True),
-    tile: config.Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dq and dL/da, those wanted, for g = dL/dS (B, Q, A) and what `attention_forward` saved."""
-    g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
-    sides = ((q, a, q_lengths, a_lengths, False), (a, q, a_lengths, q_lengths, True))
-    dq, da = (
-        _gradient(*side, R, centre, g, precision, tile) if want else None
-        for side, want in zip(sides, wanted, strict=True)
-    )
-    return dq, da
-
-
-def _gradient(
+def attention_gradient(
     x: Tensor,
     y: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
-    transposed: bool,
     R: Tensor,
     centre: Tensor | None,
     g: Tensor,
-    precision: str,
-    tile: config.Config | None,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    *,
+    of_a: bool,
+    precision: str = "float32",
 ) -> Tensor:
+    """dL/dx for g = dL/dS (B, Q, A) and what `attention_forward` saved; x is q, or a if `of_a`."""
     (B, M, D), N = x.shape, y.shape[1]
     if B * M * N == 0:
-        return torch.zeros_like(x)
-    dx = x.new_empty(B, M, D)
+        return x.new_zeros(x.shape)
+    dx = x.new_empty(x.shape)
     arch = config.architecture(x.device)
-    tile = tile or config.choose("pairwise_bwd", arch, x.dtype, {"Q": M, "A": N, "D": D})
+    tile = config.choose("pairwise_bwd", arch, x.dtype, {"Q": M, "A": N, "D": D})
     x, y = rows(x), rows(y)
+    g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
     vec_d = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
     vec_g = width(g.element_size(), *g.stride()[:2])
     grid = programs(B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_K"]))
@@ -347,7 +324,7 @@ def _gradient(
             *(stride // 4 for stride in R.stride()[:2]),
             *(stride // vec_g for stride in g.stride()[:2]),
             VEC_D=vec_d, VEC_G=vec_g, PREC=product_precision(x.dtype, precision, arch),
-            FEW=DIRECT >= D, TRANSPOSED=transposed,
+            FEW=D <= DIRECT, TRANSPOSED=of_a,
             **tile.options,
         )  # fmt: skip
     return dx

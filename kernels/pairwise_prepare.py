@@ -17,7 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .distance import as_multiplied, centre_of, has_offset, is_near, length_of, squares_by_feature
+from .distance import (
+    add_to_rows,
+    as_multiplied,
+    centre_of,
+    has_offset,
+    is_near,
+    length_of,
+    near_distances,
+    near_words,
+    pick,
+    squares_by_feature,
+)
 from .launch import product_precision, programs, rows, width
 
 ROWS = tl.constexpr(128)
@@ -32,6 +43,7 @@ def pairwise_prepare(
     VEC_D: tl.constexpr, PREC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of the copy and their squares. Strides in units of VEC_D elements."""
+    tl.static_assert(ROWS % BLOCK_M == 0 and FEATURES % BLOCK_K == 0, "the copy is made of whole blocks")
     D *= VEC_D
     stride_x *= VEC_D
     stride_y *= VEC_D
@@ -95,6 +107,38 @@ def tile_distances(
     return tl.sqrt(d2), near, valid & (near == 0)
 
 
+@triton.jit
+def tile_scores(
+    x_ptr, y_ptr, x_copy_ptr, y_copy_ptr, x_squares_ptr, y_squares_ptr,
+    x_left, y_left, D, features, step_x, step_y,
+    PREC: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """S of the tile [BLOCK_M, BLOCK_N] at these pointers, near pairs from their differences."""
+    d, near, far = tile_distances(
+        x_ptr, y_ptr, x_copy_ptr, y_copy_ptr, x_squares_ptr, y_squares_ptr, x_left, y_left, D, features,
+        step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    S = tl.where(far, 1.0 / (1.0 + d), 0.0)
+    if not FEW:
+        counts = tl.sum(near.to(tl.int32), 1)
+        number = tl.sum(counts, 0)
+        if number > 0:
+            words = near_words(near, BLOCK_N)
+            most = tl.max(counts, 0)
+            for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
+                p = p0 + tl.arange(0, BLOCK_P)
+                live = p < number
+                row, column = pick(words, counts, most, p, BLOCK_M)
+                near_d = near_distances(
+                    x_ptr, y_ptr, row, column, live, D, step_x, step_y, BLOCK_P, 2 * BLOCK_K
+                )
+                there = (tl.arange(0, BLOCK_N)[None, :] == column[:, None]) & live[:, None]
+                near_S = tl.where(there, (1.0 / (1.0 + near_d))[:, None], 0.0)
+                S = add_to_rows(S, row, near_S, PREC, BLOCK_M)
+    return S
+
+
 class Side(NamedTuple):
     """One side as the streaming kernels take it: the rows themselves, and their copy for products."""
 
@@ -133,6 +177,8 @@ def _side(x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | No
     padded = triton.cdiv(M, ROWS) * ROWS
     copy = x.new_empty(B, padded, triton.cdiv(D, FEATURES) * FEATURES)
     squares = x.new_empty(B, padded, dtype=torch.float32)
+    if B * M * N == 0:
+        return Side(x, x_lengths, copy, squares)
     arch = config.architecture(x.device)
     tile = config.choose("pairwise_prepare", arch, x.dtype, {"M": M, "D": D})
     vec = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])

@@ -18,31 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .distance import (
-    DIRECT,
-    add_to_rows,
-    as_multiplied,
-    length_of,
-    near_distances,
-    near_words,
-    pick,
-)
+from .distance import DIRECT, as_multiplied, length_of
 from .launch import product_precision, programs, rows, width
-from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_distances
+from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_scores
 
 _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
-
-
-@triton.jit
-def values(v_ptr, row, n, in_v, live, step_v):
-    """Columns n of the rows `row` of v, 0 where they are not live: [len(row), len(n)]."""
-    return tl.load(v_ptr + row[:, None] * step_v + n[None, :], live[:, None] & in_v[None, :], other=0.0)
-
-
-@triton.jit
-def in_rows(row, number, BLOCK_M: tl.constexpr):
-    """The sum of the numbers [P] that belong to each row of a tile: [BLOCK_M]."""
-    return tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == row[None, :], number[None, :], 0.0), 1)
 
 
 @triton.jit(do_not_specialize=["B", "M", "N", "D", "V", "splits", *_STRIDES, "stride_vb", "stride_v"])
@@ -97,15 +77,13 @@ def pairwise_stream_fwd(
     if x_left <= 0:
         last = first
     for j0 in range(first, last, BLOCK_N):
-        y_at = y_ptr + j0 * stride_y
-        v_at = v_ptr + j0 * stride_v
-        d, near, far = tile_distances(
-            x_ptr, y_at, x_copy_ptr, y_copy_ptr + j0 * features, x_squares_ptr, y_squares_ptr + j0,
-            x_left, y_end - j0, D, features.to(tl.int32), step_x, step_y, PREC, FEW,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+        s = tile_scores(
+            x_ptr, y_ptr + j0 * stride_y, x_copy_ptr, y_copy_ptr + j0 * features,
+            x_squares_ptr, y_squares_ptr + j0, x_left, y_end - j0, D, features.to(tl.int32),
+            step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_P,
         )  # fmt: skip
-        s = tl.where(far, 1.0 / (1.0 + d), 0.0)
-        v = values(v_at, j, n, in_v, j < y_end - j0, step_v)
+        v_at = v_ptr + j0 * stride_v + j[:, None] * step_v + n[None, :]
+        v = tl.load(v_at, (j < y_end - j0)[:, None] & in_v[None, :], other=0.0)
         if v.dtype == tl.float32:
             s = as_multiplied(s, PREC)
             v = as_multiplied(v, PREC)
@@ -113,23 +91,6 @@ def pairwise_stream_fwd(
             s = s.to(v.dtype)
         row_sums += tl.sum(s.to(tl.float32), 1)
         total = tl.dot(s, v, total, input_precision=PREC)
-        if not FEW:
-            counts = tl.sum(near.to(tl.int32), 1)
-            number = tl.sum(counts, 0)
-            if number > 0:
-                words = near_words(near, BLOCK_N)
-                most = tl.max(counts, 0)
-                for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
-                    p = p0 + tl.arange(0, BLOCK_P)
-                    live = p < number
-                    row, column = pick(words, counts, most, p, BLOCK_M)
-                    near_d = near_distances(
-                        x_ptr, y_at, row, column, live, D, step_x, step_y, BLOCK_P, 2 * BLOCK_K
-                    )
-                    near_s = tl.where(live, 1.0 / (1.0 + near_d), 0.0)
-                    row_sums += in_rows(row, near_s, BLOCK_M)
-                    parts = near_s[:, None] * values(v_at, column, n, in_v, live, step_v).to(tl.float32)
-                    total = add_to_rows(total, row, parts, PREC, BLOCK_M)
     if NORMALIZE:
         total /= tl.where(row_sums == 0.0, 1.0, row_sums)[:, None]
     out = (split * B + b) * M + i0
@@ -179,37 +140,17 @@ def pairwise_stream_sums(
     last_m = tl.minimum((split_m + 1) * tiles_m // splits_m * BLOCK_M, x_end)
     last_n = tl.minimum((split_n + 1) * tiles_n // splits_n * BLOCK_N, y_end)
     for i0 in range(split_m * tiles_m // splits_m * BLOCK_M, last_m, BLOCK_M):
-        x_at = x_ptr + i0 * stride_x
         row_sums = tl.zeros((BLOCK_M,), tl.float32)
         for j0 in range(split_n * tiles_n // splits_n * BLOCK_N, last_n, BLOCK_N):
-            y_at = y_ptr + j0 * stride_y
-            d, near, far = tile_distances(
-                x_at, y_at, x_copy_ptr + i0 * features, y_copy_ptr + j0 * features,
-                x_squares_ptr + i0, y_squares_ptr + j0, x_end - i0, y_end - j0, D, features.to(tl.int32),
-                step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K,
+            s = tile_scores(
+                x_ptr + i0 * stride_x, y_ptr + j0 * stride_y, x_copy_ptr + i0 * features,
+                y_copy_ptr + j0 * features, x_squares_ptr + i0, y_squares_ptr + j0, x_end - i0, y_end - j0,
+                D, features.to(tl.int32), step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_P,
             )  # fmt: skip
-            s = tl.where(far, 1.0 / (1.0 + d), 0.0)
             row_sums += tl.sum(s, 1)
-            column_sums = tl.sum(s, 0)
-            if not FEW:
-                counts = tl.sum(near.to(tl.int32), 1)
-                number = tl.sum(counts, 0)
-                if number > 0:
-                    words = near_words(near, BLOCK_N)
-                    most = tl.max(counts, 0)
-                    for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
-                        p = p0 + tl.arange(0, BLOCK_P)
-                        live = p < number
-                        row, column = pick(words, counts, most, p, BLOCK_M)
-                        near_d = near_distances(
-                            x_at, y_at, row, column, live, D, step_x, step_y, BLOCK_P, 2 * BLOCK_K
-                        )
-                        near_s = tl.where(live, 1.0 / (1.0 + near_d), 0.0)
-                        row_sums += in_rows(row, near_s, BLOCK_M)
-                        column_sums += in_rows(column, near_s, BLOCK_N)
             in_y = j < y_end - j0
             tl.debug_barrier()  # what another thread added in the rows above must be seen
-            tl.store(c_ptr + j0 + j, tl.load(c_ptr + j0 + j, in_y, other=0.0) + column_sums, in_y)
+            tl.store(c_ptr + j0 + j, tl.load(c_ptr + j0 + j, in_y, other=0.0) + tl.sum(s, 0), in_y)
         tl.store(r_ptr + i0 + i, row_sums, i < x_end - i0)
 
 
@@ -222,9 +163,8 @@ def _wanted(device: torch.device) -> int:
 
 
 def attend_forward(
-    x: Side, y: Side, v: Tensor, *, normalize: bool = False, precision: str = "float32",
-    tile: config.Config | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x: Side, y: Side, v: Tensor, *, normalize: bool = False, precision: str = "float32"
+) -> tuple[Tensor, Tensor | None]:
     """S @ v (B, M, V) for v (B, N, V) of the dtype of x.
 
     With `normalize`, rows are divided by their sums r (B, M), which are returned too; both are in float32
@@ -235,7 +175,7 @@ def attend_forward(
     if B * M * N * V == 0:
         return v.new_zeros(B, M, V, dtype=dtype), v.new_ones(B, M, dtype=dtype) if normalize else None
     arch = config.architecture(v.device)
-    tile = tile or config.choose("pairwise_stream_fwd", arch, v.dtype, {"M": M, "N": N, "D": D, "V": V})
+    tile = config.choose("pairwise_stream_fwd", arch, v.dtype, {"M": M, "N": N, "D": D, "V": V})
     v = rows(v)
     vec_v = width(v.element_size(), V, *v.stride()[:2])
     tiles = B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(V, tile.blocks["BLOCK_V"])
@@ -260,16 +200,14 @@ def attend_forward(
     return O.to(dtype), r
 
 
-def sums_forward(
-    x: Side, y: Side, *, precision: str = "float32", tile: config.Config | None = None
-) -> tuple[Tensor, Tensor]:
+def sums_forward(x: Side, y: Side, *, precision: str = "float32") -> tuple[Tensor, Tensor]:
     """Row sums (B, M) and column sums (B, N) of S, float32."""
     (B, M, D), N, dtype = x.rows.shape, y.rows.shape[1], x.rows.dtype
     if B * M * N == 0:
         return x.squares.new_zeros(B, M), x.squares.new_zeros(B, N)
     device = x.rows.device
     arch = config.architecture(device)
-    tile = tile or config.choose("pairwise_stream_sums", arch, dtype, {"M": M, "N": N, "D": D})
+    tile = config.choose("pairwise_stream_sums", arch, dtype, {"M": M, "N": N, "D": D})
     each = math.isqrt(triton.cdiv(_wanted(device), B) - 1) + 1
     splits_m = min(each, triton.cdiv(M, tile.blocks["BLOCK_M"]))
     splits_n = min(each, triton.cdiv(N, tile.blocks["BLOCK_N"]))

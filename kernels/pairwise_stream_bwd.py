@@ -7,7 +7,8 @@ With P = dL/dS, which is u_i·v_j for O = S @ v with u = dL/dO, and g_i + h_j fo
             = (K y)_i - (sum_j k_ij) x_i                       (far pairs)
 
 for (x, y) = (q, a) and, u and v changing places, for (a, q): two passes instead of atomics, the same bits in
-every run. dL/dv = Sᵀ @ u is the forward itself. Near pairs are added from their differences.
+every run. dL/dv = Sᵀ @ u is the forward itself. A program walks its tiles once for the far pairs and, if
+there are any, once more for the near ones: one walk would need more registers than there are.
 
 Shapes: x (B, M, D), y (B, N, D), u (B, M, V), v (B, N, V), shifts and scales (B, M) and (B, N) in float32.
 """
@@ -48,7 +49,7 @@ _STRIDES = [
 
 @triton.jit
 def shifted_and_scaled(P, x_shift_ptr, y_shift_ptr, x_scale_ptr, y_scale_ptr, x_at, y_at, in_x, in_y):
-    """P with what belongs to its row (x_at, in_x) and its column (y_at, in_y), where that is given."""
+    """P with what belongs to its rows (x_at, in_x) and its columns (y_at, in_y), where that is given."""
     if x_shift_ptr is not None:
         P += tl.load(x_shift_ptr + x_at, in_x, other=0.0)
     if y_shift_ptr is not None:
@@ -103,50 +104,49 @@ def pairwise_stream_bwd(
     step = features.to(tl.int32)
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
-    x_at = b * M + i0 + i
+    x_row = b * M + i0
+    y_row = b * N
     in_x = i < x_left
     in_k = k < D
     slopes = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    near_pairs = tl.zeros((BLOCK_M,), tl.int32)
     if x_left <= 0:
         y_end = 0
     for j0 in range(0, y_end, BLOCK_N):
         in_y = j < y_end - j0
-        y_tile_ptr = y_ptr + j0 * stride_y
-        y_at = b * N + j0 + j
+        y_at = y_ptr + j0 * stride_y
+        y_copy_at = y_copy_ptr + j0 * features
         P = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if u_ptr is not None:
-            v_tile_ptr = v_ptr + j0 * stride_v
             for n0 in range(0, V, BLOCK_V):
                 n = n0 + tl.arange(0, BLOCK_V)
-                u = tl.load(
-                    u_ptr + i[:, None] * step_u + n[None, :], in_x[:, None] & (n < V)[None, :], other=0.0
-                )
-                v = tl.load(
-                    v_tile_ptr + j[:, None] * step_v + n[None, :], in_y[:, None] & (n < V)[None, :], other=0.0
-                )
+                in_v = (n < V)[None, :]
+                v_at = v_ptr + j0 * stride_v + j[:, None] * step_v + n[None, :]
+                u = tl.load(u_ptr + i[:, None] * step_u + n[None, :], in_x[:, None] & in_v, other=0.0)
+                v = tl.load(v_at, in_y[:, None] & in_v, other=0.0)
                 if u.dtype == tl.float32:
                     u = as_multiplied(u, PREC)
                     v = as_multiplied(v, PREC)
                 P = tl.dot(u, tl.trans(v), P, input_precision=PREC)
         P = shifted_and_scaled(
             P, x_shift_ptr, y_shift_ptr, x_scale_ptr, y_scale_ptr,
-            x_at[:, None], y_at[None, :], in_x[:, None], in_y[None, :],
+            x_row + i[:, None], y_row + j0 + j[None, :], in_x[:, None], in_y[None, :],
         )  # fmt: skip
         d, near, far = tile_distances(
-            x_ptr, y_tile_ptr, x_copy_ptr, y_copy_ptr + j0 * features, x_squares_ptr, y_squares_ptr + j0,
+            x_ptr, y_at, x_copy_ptr, y_copy_at, x_squares_ptr, y_squares_ptr + j0,
             x_left, y_end - j0, D, step, step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         s = tl.where(far, slope(P, d), 0.0)
         if FEW:
             for f in range(0, D):
                 x = tl.load(x_ptr + i * step_x + f, in_x, other=0.0).to(tl.float32)
-                y = tl.load(y_tile_ptr + j * step_y + f, in_y, other=0.0).to(tl.float32)
+                y = tl.load(y_at + j * step_y + f, in_y, other=0.0).to(tl.float32)
                 steps = tl.sum(s * (y[None, :] - x[:, None]), 1)
                 total += tl.where((k == f)[None, :], steps[:, None], 0.0)
         else:
-            y_copy_at = y_copy_ptr + j0 * features + j[:, None] * step + k[None, :]
-            y = tl.load(y_copy_at, (k < step)[None, :], other=0.0)
+            near_pairs += tl.sum(near.to(tl.int32), 1)
+            y = tl.load(y_copy_at + j[:, None] * step + k[None, :], (k < step)[None, :], other=0.0)
             if y.dtype == tl.bfloat16:
                 s = s.to(tl.bfloat16)
             else:  # slopes may be too large for float16
@@ -154,39 +154,45 @@ def pairwise_stream_bwd(
                 s = as_multiplied(s, PREC)
             slopes += tl.sum(s.to(tl.float32), 1)
             total = tl.dot(s, y, total, input_precision=PREC)
-            counts = tl.sum(near.to(tl.int32), 1)
-            number = tl.sum(counts, 0)
-            if number > 0:
-                words = near_words(near, BLOCK_N)
-                most = tl.max(counts, 0)
-                for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
-                    p = p0 + tl.arange(0, BLOCK_P)
-                    live = p < number
-                    row, column = pick(words, counts, most, p, BLOCK_M)
-                    near_d = near_distances(
-                        x_ptr, y_tile_ptr, row, column, live, D, step_x, step_y, BLOCK_P, 2 * BLOCK_K
-                    )
-                    near_P = tl.zeros((BLOCK_P,), tl.float32)
-                    if u_ptr is not None:
-                        products = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
-                        for n0 in range(0, V, BLOCK_V):
-                            n = n0 + tl.arange(0, BLOCK_V)
-                            mask = live[:, None] & (n < V)[None, :]
-                            u = tl.load(u_ptr + row[:, None] * step_u + n[None, :], mask, other=0.0)
-                            v = tl.load(v_tile_ptr + column[:, None] * step_v + n[None, :], mask, other=0.0)
-                            products += u.to(tl.float32) * v.to(tl.float32)
-                        near_P += tl.sum(products, 1)
-                    near_P = shifted_and_scaled(
-                        near_P, x_shift_ptr, y_shift_ptr, x_scale_ptr, y_scale_ptr,
-                        b * M + i0 + row, b * N + j0 + column, live, live,
-                    )  # fmt: skip
-                    mask = live[:, None] & in_k[None, :]
-                    parts = differences(y_tile_ptr, x_ptr, column, row, k, mask, step_y, step_x)
-                    parts *= slope(near_P, near_d)[:, None]
-                    total = add_to_rows(total, row, parts, PREC, BLOCK_M)
     if not FEW:
         x = tl.load(x_copy_ptr + i[:, None] * step + k[None, :], (k < step)[None, :], other=0.0)
         total -= slopes[:, None] * x.to(tl.float32)
+        if tl.sum(near_pairs, 0) > 0:
+            for j0 in tl.range(0, y_end, BLOCK_N, num_stages=1):
+                y_at = y_ptr + j0 * stride_y
+                d, near, far = tile_distances(
+                    x_ptr, y_at, x_copy_ptr, y_copy_ptr + j0 * features, x_squares_ptr, y_squares_ptr + j0,
+                    x_left, y_end - j0, D, step, step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                counts = tl.sum(near.to(tl.int32), 1)
+                number = tl.sum(counts, 0)
+                if number > 0:
+                    words = near_words(near, BLOCK_N)
+                    most = tl.max(counts, 0)
+                    for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
+                        p = p0 + tl.arange(0, BLOCK_P)
+                        live = p < number
+                        row, column = pick(words, counts, most, p, BLOCK_M)
+                        near_d = near_distances(
+                            x_ptr, y_at, row, column, live, D, step_x, step_y, BLOCK_P, 2 * BLOCK_K
+                        )
+                        near_P = tl.zeros((BLOCK_P,), tl.float32)
+                        if u_ptr is not None:
+                            for n0 in range(0, V, BLOCK_V):
+                                n = n0 + tl.arange(0, BLOCK_V)
+                                mask = live[:, None] & (n < V)[None, :]
+                                v_at = v_ptr + j0 * stride_v + column[:, None] * step_v + n[None, :]
+                                u = tl.load(u_ptr + row[:, None] * step_u + n[None, :], mask, other=0.0)
+                                v = tl.load(v_at, mask, other=0.0)
+                                near_P += tl.sum(u.to(tl.float32) * v.to(tl.float32), 1)
+                        near_P = shifted_and_scaled(
+                            near_P, x_shift_ptr, y_shift_ptr, x_scale_ptr, y_scale_ptr,
+                            x_row + row, y_row + j0 + column, live, live,
+                        )  # fmt: skip
+                        mask = live[:, None] & in_k[None, :]
+                        parts = differences(y_at, x_ptr, column, row, k, mask, step_y, step_x)
+                        parts *= slope(near_P, near_d)[:, None]
+                        total = add_to_rows(total, row, parts, PREC, BLOCK_M)
     dx_at = dx_ptr + (b * M + i0) * D + i[:, None] * D + k[None, :]
     tl.store(dx_at, total.to(dx_ptr.dtype.element_ty), (i < M - i0)[:, None] & in_k[None, :])
 
@@ -199,14 +205,13 @@ class Upstream(NamedTuple):
     scale: Tensor | None = None
 
 
-def stream_backward(
-    x: Side, y: Side, of_x: Upstream, of_y: Upstream, *, precision: str = "float32",
-    tile: config.Config | None = None,
-) -> Tensor:  # fmt: skip
+def stream_gradient(
+    x: Side, y: Side, of_x: Upstream, of_y: Upstream, *, precision: str = "float32"
+) -> Tensor:
     """dL/dx (B, M, D) in the dtype of x; see the equations above."""
     (B, M, D), N, dtype = x.rows.shape, y.rows.shape[1], x.rows.dtype
     if B * M * N == 0:
-        return torch.zeros_like(x.rows)
+        return x.rows.new_zeros(B, M, D)
     dx = x.rows.new_empty(B, M, D)
     arch = config.architecture(dx.device)
     u, v, V, vec_v, strides_v = None, None, 0, 1, [0, 0, 0, 0]
@@ -214,7 +219,7 @@ def stream_backward(
         u, v, V = rows(of_x.product), rows(of_y.product), of_y.product.shape[2]
         vec_v = width(u.element_size(), V, *u.stride()[:2], *v.stride()[:2])
         strides_v = [stride // vec_v for stride in (*u.stride()[:2], *v.stride()[:2])]
-    tile = tile or config.choose("pairwise_stream_bwd", arch, dtype, {"M": M, "N": N, "D": D, "V": V})
+    tile = config.choose("pairwise_stream_bwd", arch, dtype, {"M": M, "N": N, "D": D, "V": V})
     tiles = B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_D"])
     with torch.cuda.device_of(dx):
         pairwise_stream_bwd[programs(tiles)](

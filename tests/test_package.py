@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-MODULES = "gatematch.lstm, gatematch.attention"
+MODULES = "gatematch.kernels.config, gatematch.lstm, gatematch.attention"
 
 
 def python(code: str) -> str:
@@ -61,7 +61,7 @@ def test_the_top_folders_are_not_installed_under_their_own_names():
     assert tops.isdisjoint({"lstm", "attention", "bench", "kernels", "curvature"}), tops
 
 
-@pytest.mark.parametrize("package", ["lstm", "attention", "bench", "bench/answers"])
+@pytest.mark.parametrize("package", ["kernels", "lstm", "attention", "bench", "bench/answers"])
 def test_typed_markers_are_shipped(package):
     import importlib.util
     import pathlib
@@ -77,6 +77,17 @@ def test_requirements_and_extras():
     assert any(r.startswith("triton") and "linux" in r for r in requires)
     extras = importlib.metadata.metadata("gatematch").get_all("Provides-Extra") or []
     assert {"bench", "test", "docs"} <= set(extras)
+
+
+@pytest.mark.parametrize("command", ["['kernels']", "['tune', '--device', 'cpu']"])
+def test_the_commands_for_kernels_say_that_they_need_triton(command):
+    code = (
+        f"import sys; sys.modules['triton'] = None; from gatematch.bench.__main__ import app; app({command})"
+    )
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: ") and "triton" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_the_command_says_which_extra_it_needs():

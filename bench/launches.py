@@ -1,0 +1,188 @@
+"""How each kernel is launched, for the report of what it compiles to and for choosing its configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gatematch.kernels import config, pairwise, pairwise_stream
+from gatematch.kernels.config import Config
+from gatematch.kernels.pairwise_prepare import Side, prepare
+from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of a launcher: sizes by the letters of the kernel's entries, but for those of features."""
+
+    dtype: torch.dtype
+    shape: Mapping[str, int]
+    features: int
+    value_features: int = 0
+    batch: int = 1
+    device: str = "cpu"
+    training: bool = True
+    with_lengths: bool = True
+    precision: str = "float32"
+
+    def normal(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes, device=self.device).to(self.dtype)
+
+    @cached_property
+    def vocabulary(self) -> Tensor:
+        """What rows are drawn from: 1 of 64 pairs is of the same, as in text with words in common."""
+        return self.normal(64, self.features)
+
+    def rows(self, letter: str) -> Tensor:
+        return self.vocabulary[torch.randint(64, (self.batch, self.shape[letter]), device=self.device)]
+
+    def values(self, letter: str) -> Tensor:
+        return self.normal(self.batch, self.shape[letter], self.value_features)
+
+    def numbers(self, letter: str) -> Tensor:
+        """A float32 number for each row."""
+        return torch.rand(self.batch, self.shape[letter], device=self.device)
+
+    def lengths(self, letter: str) -> Tensor | None:
+        if not self.with_lengths:
+            return None
+        return torch.full((self.batch,), self.shape[letter], device=self.device)
+
+
+def samples(dtype: torch.dtype, shape: Mapping[str, int]) -> Iterator[Sample]:
+    """Inputs that between them reach every branch which a kernel decides at compile time."""
+    D, V = shape["D"], shape.get("V", 0)
+    yield Sample(dtype, shape, D, V)
+    yield Sample(dtype, shape, D, V, training=False, with_lengths=False)
+    yield Sample(dtype, shape, D + 1, V + 1)  # rows that start at no multiple of 16 bytes
+    yield Sample(dtype, shape, 7, V)  # few features: no product of q and a
+    if dtype == torch.float32:
+        yield Sample(dtype, shape, D, V, precision="tf32")
+
+
+Launch = Callable[[], tuple[Tensor | None, ...]]
+
+
+def _pairwise_fwd(sample: Sample) -> Launch:
+    q, a = sample.rows("Q"), sample.rows("A")
+    lengths = sample.lengths("Q"), sample.lengths("A")
+    return lambda: pairwise.attention_forward(
+        q, a, *lengths, precision=sample.precision, save=sample.training
+    )[:1]
+
+
+def _pairwise_bwd(sample: Sample) -> Launch:
+    q, a = sample.rows("Q"), sample.rows("A")
+    lengths = sample.lengths("Q"), sample.lengths("A")
+    S, R, centre = pairwise.attention_forward(q, a, *lengths, save=True)
+    assert R is not None
+    g = torch.randn_like(S)
+    options = {"precision": sample.precision}
+    return lambda: (
+        pairwise.attention_gradient(q, a, R, centre, g, *lengths, of_a=False, **options),
+        pairwise.attention_gradient(a, q, R, centre, g, *lengths[::-1], of_a=True, **options),
+    )
+
+
+def _sides(sample: Sample) -> tuple[Side, Side]:
+    x, y = sample.rows("M"), sample.rows("N")
+    return prepare(x, y, sample.lengths("M"), sample.lengths("N"), sample.precision)
+
+
+def _pairwise_prepare(sample: Sample) -> Launch:
+    x, lengths = sample.rows("M"), sample.lengths("M")
+    return lambda: prepare(x, x, lengths, lengths, sample.precision)[0].pointers[2:]
+
+
+def _pairwise_stream_fwd(sample: Sample) -> Launch:
+    x, y = _sides(sample)
+    v = sample.values("N")
+    return lambda: pairwise_stream.attend_forward(
+        x, y, v, normalize=not sample.training, precision=sample.precision
+    )
+
+
+def _pairwise_stream_sums(sample: Sample) -> Launch:
+    x, y = _sides(sample)
+    return lambda: pairwise_stream.sums_forward(x, y, precision=sample.precision)
+
+
+def _pairwise_stream_bwd(sample: Sample) -> Launch:
+    x, y = _sides(sample)
+    u, v, of_x, of_y = sample.values("M"), sample.values("N"), sample.numbers("M"), sample.numbers("N")
+    if sample.training:
+        upstream = [(Upstream(u), Upstream(v))]
+    else:  # of normalised rows, on either side, and of the sums
+        upstream = [
+            (Upstream(u, of_x, of_x), Upstream(v)),
+            (Upstream(u), Upstream(v, of_y, of_y)),
+            (Upstream(shift=of_x), Upstream(shift=of_y)),
+        ]
+    return lambda: tuple(stream_gradient(x, y, *sides, precision=sample.precision) for sides in upstream)
+
+
+# For each kernel what makes its inputs and returns the call that launches it, and no other kernel. A new
+# kernel needs a line here and entries in kernels/configs.
+LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
+    "pairwise_fwd": _pairwise_fwd,
+    "pairwise_bwd": _pairwise_bwd,
+    "pairwise_prepare": _pairwise_prepare,
+    "pairwise_stream_fwd": _pairwise_stream_fwd,
+    "pairwise_stream_sums": _pairwise_stream_sums,
+    "pairwise_stream_bwd": _pairwise_stream_bwd,
+}
+
+
+@contextmanager
+def launched_with(kernel: str, tile: Config) -> Iterator[None]:
+    """One kernel is launched with this configuration, whatever is listed for it."""
+    choose = config.choose
+
+    def instead(name: str, arch: str, dtype: torch.dtype, shape: Mapping[str, int]) -> Config:
+        return tile if name == kernel else choose(name, arch, dtype, shape)
+
+    with mock.patch.object(config, "choose", instead):
+        yield
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shipped configuration."""
+
+    kernel: str
+    arch: str
+    dtype: torch.dtype
+    shape: Mapping[str, int]
+    tile: Config
+
+    def __str__(self) -> str:
+        return f"{self.kernel}/{self.arch}/{str(self.dtype).removeprefix('torch.')}"
+
+
+def entries(archs: Iterable[str], pattern: str) -> list[Entry]:
+    """The shipped configurations whose kernel/arch/dtype matches.
+
+    Raises:
+        ValueError: if none does, or the pattern is not one.
+    """
+    try:
+        chosen = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--filter must be a regular expression; got {pattern!r}: {error}") from None
+    listed = (
+        Entry(kernel, arch, *entry)
+        for kernel in LAUNCHES
+        for arch in archs
+        for entry in config.shipped(kernel, arch)
+    )
+    found = [entry for entry in listed if chosen.search(str(entry))]
+    if not found:
+        raise ValueError(f"--filter {pattern!r} matches no kernel/arch/dtype of {', '.join(LAUNCHES)}")
+    return found

@@ -1,0 +1,23 @@
+"""Tests of kernels in Triton's interpreter, which is chosen before Triton is imported: for the whole process.
+
+tests/test_kernels_interpreted.py runs them; to run one by hand: TRITON_INTERPRET=1 pytest tests/interpreted
+Every test has honest arithmetic, every lane inside its tensors, and NaN in what is not written yet.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreted import bounds, honest
+
+    honest.install()
+
+    @pytest.fixture(autouse=True)
+    def _watched() -> Iterator[None]:
+        with bounds.bounds(), bounds.poisoned():
+            yield
+
+else:
+    collect_ignore_glob = ["test_*.py"]

@@ -1,0 +1,161 @@
+"""Every kernel in every shipped configuration, compiled for GPUs that this machine need not have."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("rich")
+import triton.language as tl  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from gatematch.bench.__main__ import app  # noqa: E402
+from gatematch.bench.kernels import (  # noqa: E402
+    ARCHITECTURES,
+    faults,
+    kernel_rows,
+    kernels_table,
+    run_kernels,
+)
+from gatematch.bench.launches import LAUNCHES, Sample  # noqa: E402
+from gatematch.bench.results import read_results  # noqa: E402
+from gatematch.kernels import config  # noqa: E402
+from gatematch.kernels.config import Config  # noqa: E402
+
+# Register allocation changes from version to version; this is the one that torch 2.13 comes with.
+GATED = "3.6.0"
+
+
+def shipped_dtypes():
+    for arch in ARCHITECTURES:
+        for kernel in LAUNCHES:
+            for dtype in ("float32", "bfloat16", "float16"):
+                slow = () if arch == "sm_90" and dtype == "float32" else pytest.mark.slow
+                yield pytest.param(kernel, arch, dtype, marks=slow)
+
+
+@pytest.mark.parametrize(("kernel", "arch", "dtype"), list(shipped_dtypes()))
+def test_shipped_configurations(kernel, arch, dtype, record_property):
+    rows = run_kernels([arch], f"^{kernel}/{arch}/{dtype}$")
+    record_property("spills", {row["case"]: row["spills"] for row in rows})
+    assert {row["kernel"] for row in rows} == {kernel}
+    if triton.__version__ != GATED:
+        pytest.skip(f"compiled; spills count in Triton {GATED}, and this is {triton.__version__}")
+    assert not {row["case"]: found for row in rows if (found := faults(row))}
+
+
+# What the report must see, in kernels of a few lines.
+
+
+@triton.jit(do_not_specialize=["stride"])
+def toy(
+    x_ptr, y_ptr, mask_ptr, size, stride, scale, wide: tl.int64, SIZE: tl.constexpr, PRECISION: tl.constexpr
+):
+    i = tl.arange(0, SIZE)
+    at = i[:, None] * stride + i[None, :]
+    x = tl.load(x_ptr + at)
+    y = tl.load(x_ptr + at + size + wide)
+    if mask_ptr is not None:
+        y *= tl.load(mask_ptr)
+    if PRECISION is not None:
+        x = tl.dot(x, y, input_precision=PRECISION)
+    tl.store(y_ptr + at, (scale * x).to(y_ptr.dtype.element_ty))
+
+
+def toy_row(size, precision, arch="sm_90", warps=4, dtype=torch.float32):
+    def launch(sample):
+        tile = config.choose("toy", arch, dtype, {})
+        x = sample.normal(128, 128)
+        args = (x, torch.empty_like(x), None, 1, 128, 0.5, 1)
+        return lambda: toy[(1,)](*args, PRECISION=precision, **tile.options)
+
+    sample = Sample(dtype, {}, 0)
+    with mock.patch.dict(LAUNCHES, {"toy": launch}):
+        (row,) = kernel_rows("toy", arch, sample, Config({"SIZE": size}, num_warps=warps, num_stages=2))
+    return row
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_product_on_tensor_cores(arch):
+    row = toy_row(64, "tf32", arch, dtype=torch.bfloat16)
+    assert row["tensor_core_products"] == 1
+    assert row["tensor_core_instructions"] > 0
+    assert 0 < row["registers"] <= 512
+    assert row["instructions"] > 50
+    assert row["spills"] == row["stack_bytes"] == 0
+    assert 0 < row["shared_bytes"] < row["shared_limit"]
+    assert faults(row) == []
+
+
+@pytest.mark.parametrize(("precision", "products"), [(None, 0), ("ieee", 0), ("tf32", 1)])
+def test_only_products_of_full_precision_do_without_tensor_cores(precision, products):
+    row = toy_row(32, precision)
+    assert row["tensor_core_products"] == products
+    assert (row["tensor_core_instructions"] > 0) == (products > 0)
+    assert faults(row) == []
+
+
+def test_spills_and_too_much_shared_memory_are_faults():
+    row = toy_row(64, "tf32", warps=1)
+    assert row["spills"] > 0
+    assert "spills" in faults(row)[0]
+    row = {**row, "spills": 0, "stack_bytes": 0, "shared_bytes": 228 * 1024, "tensor_core_instructions": 0}
+    assert faults(row) == [
+        "233472 bytes of shared memory, and there are 232448",
+        "no tensor-core instruction",
+    ]
+    assert faults({**row, "arch": "gfx942"}) == []
+    assert kernels_table([row]).row_count == 1
+
+
+def test_the_launch_is_specialised_as_on_a_gpu():
+    with mock.patch("gatematch.bench.kernels._row") as row:
+        toy_row(32, None)
+    source = row.call_args.args[-1].src
+    assert source.signature == {
+        "x_ptr": "*fp32",
+        "y_ptr": "*fp32",
+        "mask_ptr": "constexpr",
+        "size": "constexpr",  # 1 is compiled in, unless told not to
+        "stride": "i32",
+        "scale": "fp32",
+        "wide": "i64",
+        "SIZE": "constexpr",
+        "PRECISION": "constexpr",
+    }
+    aligned = [path for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes]
+    assert aligned == [(0,), (1,)]
+
+
+def test_a_row_says_what_differs():
+    row = toy_row(32, None)
+    assert row["variant"] == "no mask_ptr, size=1, no PRECISION"
+    assert row["case"] == f"kernels/toy/sm_90/float32/SIZE=32, num_warps=4, num_stages=2/{row['variant']}"
+    assert row["config"] == {"SIZE": 32, "num_warps": 4, "num_stages": 2}
+
+
+def test_the_command_reports_and_fails(tmp_path):
+    row = toy_row(32, "tf32")
+    spilled = {**row, "case": "kernels/bad", "spills": 3}
+    path = tmp_path / "kernels.json"
+    for rows, code in (([row], 0), ([row, spilled], 1)):
+        with mock.patch("gatematch.bench.kernels.run_kernels", return_value=rows):
+            result = CliRunner().invoke(app, ["kernels", "--json", str(path)])
+        assert result.exit_code == code
+        assert read_results(path)["rows"] == rows
+        assert ("kernels/bad: 3 spills, 0 bytes of stack" in result.output) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("--arch", "sm_99", "--arch must be of sm_80, sm_90, sm_100, gfx942; got 'sm_99'"),
+        ("--filter", "(", "--filter must be a regular expression; got '('"),
+        ("--filter", "nothing", "--filter 'nothing' matches no kernel/arch/dtype of pairwise_fwd"),
+    ],
+)
+def test_wrong_options_are_named(option, value, error):
+    result = CliRunner().invoke(app, ["kernels", option, value])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"Error: {error}")
