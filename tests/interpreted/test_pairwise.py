@@ -249,19 +249,20 @@ def test_tf32_is_less_exact_only_for_far_pairs():
 
 
 def opcheck_inputs(op):
-    q, a, v = torch.randn(2, 9, 20), torch.randn(2, 7, 20), torch.randn(2, 7, 3)
+    q, a, v = torch.randn(2, 9, 20), torch.randn(2, 8, 20), torch.randn(2, 8, 3)
     lengths = torch.tensor([9, 4]), None
     r = torch.rand(2, 9)
     S, R, centre = triton_ops.attention_op(q, a, *lengths, "float32", True)
     return {
-        triton_ops.attention_op: (q, a, *lengths, "float32", True),
+        # Without lengths, and with A a multiple of 4, since R is not written where it is never read.
+        triton_ops.attention_op: (q, a, None, None, "float32", True),
         triton_ops.attention_backward_op: (q, a, R, centre, S, *lengths, "float32", [True, False]),
         triton_ops.attend_op: (q, a, v, *lengths, True, "float32"),
         triton_ops.attend_backward_op: (
             q, a, v, torch.randn(2, 9, 3), r, torch.randn(2, 9, 3), *lengths, "float32", [True, True, False]
         ),
         triton_ops.sums_op: (q, a, *lengths, "float32"),
-        triton_ops.sums_backward_op: (q, a, r, torch.rand(2, 7), *lengths, "float32", [False, True]),
+        triton_ops.sums_backward_op: (q, a, r, torch.rand(2, 8), *lengths, "float32", [False, True]),
     }[op]  # fmt: skip
 
 
