@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import pairwise_attention
+from .pooling import check_flags, check_sizes
 
 
 class PairwiseAttention(nn.Module):
@@ -48,13 +49,8 @@ class AttentionFeatures(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("length", length), ("features", features)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if not isinstance(shared, bool):
-            raise TypeError(f"shared must be a bool; got {type(shared).__name__}")
+        check_sizes(length=length, features=features)
+        check_flags(shared=shared)
         self.length = length
         self.features = features
         self.shared = shared

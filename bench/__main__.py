@@ -32,16 +32,17 @@ def main() -> None:
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """A wrong file or option ends the command with its sentence on stderr and exit code 2."""
+    """A wrong file or option, or no triton, ends the command with one sentence on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
 @app.command()
 def answers(
+    model: Annotated[str, typer.Option(help="What to train: lstm, bcnn, abcnn1, abcnn2 or abcnn3.")] = "lstm",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -66,16 +67,16 @@ def answers(
     json: Annotated[Path | None, typer.Option(help="Results file; default OUT/results.json.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUT.")] = False,
 ) -> None:
-    """Train a siamese LSTM + pairwise attention to pick the right answer; compare with BM25 and torch."""
+    """Train a siamese model to pick the right answer; compare with BM25, and the LSTM one with torch's."""
     from rich.console import Console
 
-    from gatematch.bench.answers.model import Settings
+    from gatematch.bench.answers.models import settings_of
     from gatematch.bench.answers.run import Interrupted, Options, run
 
     with one_sentence_errors():
         options = Options(data, dev, test, epochs, usable_device(device), threads, out, json, resume)
         try:
-            run(options, Settings(seed=seed), Console())
+            run(options, settings_of(model, seed), Console())
         except Interrupted as interruption:
             typer.echo(str(interruption), err=True)
             raise typer.Exit(130) from None
@@ -121,6 +122,49 @@ def speed(
     for line in speed_summary(rows):
         typer.echo(line)
     save(json, where, rows)
+
+
+@app.command()
+def kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="An architecture, as sm_90; may be repeated. Default: all.")
+    ] = None,
+    json: Json = None,
+    filter: Annotated[
+        str, typer.Option(help="Only kernels whose name/arch/dtype matches this regular expression.")
+    ] = "",
+) -> None:
+    """What every kernel compiles to, without a GPU; exit code 1 when one spills or does not fit."""
+    with one_sentence_errors():
+        where = ready("cpu", json)
+        from gatematch.bench.kernels import ARCHITECTURES, faults, kernels_table, run_kernels
+
+        rows = run_kernels(arch or list(ARCHITECTURES), filter)
+    show(kernels_table(rows))
+    save(json, where, rows)
+    bad = [(row["case"], fault) for row in rows for fault in faults(row)]
+    for case, fault in bad:
+        typer.echo(f"{case}: {fault}", err=True)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    device: Annotated[str, typer.Option(help="The GPU, as torch names it.")] = "cuda",
+    filter: Annotated[
+        str, typer.Option(help="Only kernels whose name/arch/dtype matches this regular expression.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="The list to write; default: the package's own of this GPU.")
+    ] = None,
+) -> None:
+    """Choose the configurations of the kernels by measuring them on this GPU."""
+    with one_sentence_errors():
+        where = usable_device(device)
+        from gatematch.bench.tune import run_tune
+
+        typer.echo(f"configurations: {run_tune(where, filter, out, typer.echo)}")
 
 
 def show(table: Table) -> None:

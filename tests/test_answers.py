@@ -24,19 +24,20 @@ from typer.testing import CliRunner
 
 from gatematch.bench.__main__ import app
 from gatematch.bench.answers import train
+from gatematch.bench.answers.abcnn import ABCNNMatcher, ABCNNSettings
 from gatematch.bench.answers.baselines import BM25, random_scores
 from gatematch.bench.answers.batches import Encoder
 from gatematch.bench.answers.data import CandidateList, Dataset, chatterbot, read_corpus
 from gatematch.bench.answers.metrics import evaluate
-from gatematch.bench.answers.model import Matcher, Settings, ours, peer
+from gatematch.bench.answers.model import MatcherSettings, Settings, ours, peer
+from gatematch.bench.answers.models import TITLES, Build, builders
 from gatematch.bench.answers.overlap import Blend, overlap_features
-from gatematch.bench.answers.report import result_rows
+from gatematch.bench.answers.report import models_table, result_rows
 from gatematch.bench.answers.text import MAX_LENGTH, UNKNOWN, Vocabulary, identity, tokenize
 from gatematch.bench.answers.tsv import tsv
 from gatematch.bench.plots import draw
 
-Build = Callable[[int, Settings], Matcher]
-TINY = Settings(embedding=8, hidden=4, features=3, wrong=2, batch=4)
+TINY = MatcherSettings(embedding=8, hidden=4, features=3, wrong=2, batch=4)
 CPU = torch.device("cpu")
 SUBJECTS = ["rivers", "bread", "violins", "comets", "chess", "bees", "glass", "trains", "salt", "maps"]
 
@@ -55,6 +56,12 @@ def toy_tsv(path: Path, subjects: list[str] = SUBJECTS) -> Path:
             rows.append(f"q{number}\twhat about {subject}?\tabout {other} number {step}\t{int(step == 0)}")
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+def tiny(model: str) -> Settings:
+    if model == "lstm":
+        return TINY
+    return ABCNNSettings(model, embedding=8, channels=4, wrong=2, batch=4)
 
 
 def trainer(dataset: Dataset, settings: Settings = TINY, build: Build = ours) -> train.Trainer:
@@ -291,21 +298,34 @@ def test_ours_and_peer_learn_the_same_from_the_same_batches(corpus: Dataset) -> 
     assert one.losses == pytest.approx(other.losses, abs=1e-5)
 
 
-def test_scores_do_not_depend_on_padding_or_company(toy: Dataset) -> None:
-    run = trainer(toy)
+@pytest.mark.parametrize("model", TITLES)
+def test_scores_do_not_depend_on_padding_or_company(model: str, toy: Dataset) -> None:
+    run = trainer(toy, tiny(model), builders(tiny(model))["ours"])
     together = run.scores(toy.train)
     alone = [run.scores([item])[0] for item in toy.train]
-    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-6, atol=1e-6)
 
 
-def test_training_lowers_the_loss_and_repeats_under_its_seed(toy: Dataset) -> None:
-    first, second, other = trainer(toy), trainer(toy), trainer(toy, dataclasses.replace(TINY, seed=1))
+@pytest.mark.parametrize("model", TITLES)
+def test_training_lowers_the_loss_and_repeats_under_its_seed(model: str, corpus: Dataset) -> None:
+    small = dataclasses.replace(corpus, train=corpus.train[:16], dev=corpus.dev[:4], test=corpus.test[:4])
+    quick = dataclasses.replace(tiny(model), embedding=16, forget_words=0.0, learning_rate=1e-2)
+    settings = [quick, quick, dataclasses.replace(quick, seed=1)]
+    first, second, other = (trainer(small, one, builders(one)["ours"]) for one in settings)
     for run in (first, second, other):
         for _ in range(3):
             run.epoch()
     assert first.losses == second.losses != other.losses
-    assert first.scores(toy.test) == second.scores(toy.test)
+    assert first.scores(small.test) == second.scores(small.test)
     assert first.losses[-1] < first.losses[0]
+
+
+def test_an_abcnn_scores_by_its_similarities(toy: Dataset) -> None:
+    run = trainer(toy, ABCNNSettings("abcnn3", embedding=8, blocks=2), ABCNNMatcher)
+    assert run.model.score.weight.tolist() == [[5.0, 5.0, 5.0]]
+    item = toy.test[0]
+    same = run.scores([dataclasses.replace(item, candidates=(item.question, *item.candidates[1:]))])[0]
+    assert same[0] == pytest.approx(15, abs=1e-4) and max(same[1:]) < 15
 
 
 def test_resumed_training_is_uninterrupted_training(toy: Dataset, tmp_path: Path) -> None:
@@ -486,12 +506,55 @@ def test_a_run_writes_results_and_pictures_that_the_results_alone_redraw(tmp_pat
     attention = rows["answers/attention"]
     assert len(attention["S"]) == len(attention["question"])
     assert len(attention["S"][0]) == len(attention["answer"])
+    assert rows["answers/model"]["model"] == time["settings"]["model"] == "lstm"
     again = CliRunner().invoke(app, ["plot", str(tmp_path / "r.json"), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, again.output
     for name in ("curves.svg", "map.svg", "attention.svg"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     picture = (tmp_path / "out" / "attention.svg").read_text()
     assert all(f">{word}<" in picture for word in (*attention["question"], *attention["answer"]))
+
+
+def test_an_abcnn_run_has_no_peer_and_its_checkpoint_is_no_other_models(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, answers(tmp_path, "--model", "abcnn2"))
+    assert result.exit_code == 0, result.output
+    assert "ABCNN-2" in result.output and "torch" not in result.output
+    rows = {row["case"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    assert rows["answers/model"]["model"] == "abcnn2"
+    assert rows["answers/time"].keys() == {"case", "unit", "ours", "settings"}
+    assert rows["answers/curves"].keys() == {"case", "ours"}
+    assert {"curves.svg", "map.svg", "attention.svg", "checkpoint.pt"} <= set(os.listdir(tmp_path / "out"))
+    for model in ("lstm", "abcnn3"):
+        other = CliRunner().invoke(app, answers(tmp_path, "--model", model, "--resume"))
+        assert other.exit_code == 2 and f"expected model {model}; got abcnn2" in other.stderr
+    again = CliRunner().invoke(app, answers(tmp_path, "--model", "abcnn2", "--resume", "--epochs", "3"))
+    assert again.exit_code == 0, again.output
+
+
+def test_the_table_of_models_has_a_line_a_file(toy: Dataset) -> None:
+    results = []
+    for model, seed in (("lstm", 0), ("bcnn", 0), ("abcnn3", 2)):
+        settings = dataclasses.replace(tiny(model), seed=seed)
+        trainers = {name: trainer(toy, settings, build) for name, build in builders(settings).items()}
+        for run in trainers.values():
+            run.epoch()
+        rows = result_rows(toy, Vocabulary(toy.train_texts), trainers["ours"].encoder, trainers)
+        results.append({"rows": rows})
+    lines = models_table(results).split("\n")
+    titles = ["model", "random order", "BM25", "LSTM + attention", "BCNN", "ABCNN-3, seed 2"]
+    assert [line.split(" | ")[0][2:] for line in (lines[0], *lines[2:])] == titles
+    assert {line.count("|") for line in lines} == {6}
+    found = {row["case"]: row for row in results[1]["rows"]}
+    alone, blended = found["answers/model"], found["answers/model+overlap"]
+    assert f"| {alone['map']:.3f} ± {alone['map_error']:.3f} | {alone['mrr']:.3f} |" in lines[5]
+    assert lines[5].endswith(f" | {blended['map']:.3f} ± {blended['map_error']:.3f} |")
+    del results[0]["rows"][3]["model"]  # as before there was a choice
+    assert models_table(results).split("\n") == lines
+    results[1]["rows"][0] |= {"name": "toy", "test": 3}
+    for other in results[::2]:
+        other["rows"][0] |= {"name": "toy", "test": 2}
+    with pytest.raises(ValueError, match="got 2 test questions of toy and 3 test"):
+        models_table(results)
 
 
 def test_ctrl_c_keeps_finished_epochs_and_resume_gives_the_same_numbers(
@@ -582,6 +645,7 @@ def test_where_nothing_can_be_written_is_said_before_training(
         (["answers", "--device", "meta"], "only cpu and cuda"),
         (["answers", "--seed", "99999999999999"], "--seed"),
         (["answers", "--epochs", "0"], "epochs"),
+        (["answers", "--model", "gru"], "one of lstm, bcnn, abcnn1, abcnn2, abcnn3; got 'gru'"),
         (["plot", "nowhere.json"], "nowhere.json"),
         (["answers", "--resume", "--out", "nowhere"], "no checkpoint"),
     ],

@@ -1,5 +1,5 @@
-"""The siamese matcher: one embedding and one bidirectional LSTM read both sides, pairwise attention
-compares them word by word, and a few similarities are weighed into a score.
+"""What every siamese model starts from, and the matcher: one embedding and one bidirectional LSTM read both
+sides, pairwise attention compares them word by word, and a few similarities are weighed into a score.
 
     e      = mean of a token's spelling rows, with dropout         (question and answer alike)
     h      = bidirectional LSTM over e
@@ -34,12 +34,11 @@ Pairwise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training run depends on, besides its data."""
+    """What a training run depends on, besides its data: that of every model."""
 
+    model: str
     seed: int = 0
     embedding: int = 64
-    hidden: int = 32
-    features: int = 16
     dropout: float = 0.3
     forget_words: float = 0.5  # share of words spelled as unknown in a training batch
     wrong: int = 7  # wrong answers beside a right one
@@ -48,6 +47,15 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class MatcherSettings(Settings):
+    """Those of the LSTM matcher."""
+
+    model: str = "lstm"
+    hidden: int = 32
+    features: int = 16
 
 
 class PackedLSTM(nn.LSTM):
@@ -79,7 +87,50 @@ class TorchAttentionFeatures(AttentionFeatures):
         return S @ self.weight_q[:, : a.shape[1]].mT, S.mT @ self.weight_a[:, : q.shape[1]].mT
 
 
-class Matcher(nn.Module):
+class Siamese(nn.Module):
+    """The word vectors of both sides: a token's is the mean of its spelling rows, with dropout.
+
+    Args:
+        rows: embedding rows that spellings refer to.
+        settings: sizes and dropout.
+        pairwise: (q, a, q_lengths, a_lengths) -> S.
+
+    A subclass is called with a batch and returns one score for every answer of it, (answers,).
+    """
+
+    def __init__(self, rows: int, settings: Settings, pairwise: Pairwise = pairwise_attention) -> None:
+        super().__init__()
+        self.forget_words = settings.forget_words
+        self.embedding = nn.Embedding(rows, settings.embedding, padding_idx=PAD)
+        # Half of the usual spread: at D = 64, strangers then score about 0.15 and equals 1.
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        with torch.no_grad():
+            self.embedding.weight[PAD].zero_()
+        self.dropout = nn.Dropout(settings.dropout)
+        self.pairwise = pairwise
+
+    def word_attention(self, batch: Batch) -> Tensor:
+        """S between the words of each answer and of its question, (answers, Q, A)."""
+        e_q, e_a = self._embed(batch)
+        pair = batch.question_of
+        return self.pairwise(e_q[pair], e_a, batch.questions.lengths[pair], batch.answers.lengths)
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        spellings = batch.spellings
+        if self.training:
+            # A word that is forgotten now and then teaches its n-grams to stand in for it.
+            forgotten = torch.rand(len(spellings), device=spellings.device) < self.forget_words
+            first = torch.where(forgotten, UNKNOWN, spellings[:, 0])
+            spellings = torch.cat([first[:, None], spellings[:, 1:]], 1)
+        # The root keeps the spread of a sum of independent rows at that of one row.
+        tokens = self.embedding(spellings).sum(1) / (spellings != PAD).sum(1, keepdim=True).sqrt()
+        return (
+            self.dropout(F.embedding(batch.questions.tokens, tokens)),
+            self.dropout(F.embedding(batch.answers.tokens, tokens)),
+        )
+
+
+class Matcher(Siamese):
     """Scores candidate answers; see the equations above.
 
     Args:
@@ -93,22 +144,14 @@ class Matcher(nn.Module):
     def __init__(
         self,
         rows: int,
-        settings: Settings,
+        settings: MatcherSettings,
         lstm: type[nn.Module] = LSTM,
         pairwise: Pairwise = pairwise_attention,
         attention_features: type[nn.Module] = AttentionFeatures,
     ) -> None:
-        super().__init__()
+        super().__init__(rows, settings, pairwise)
         hidden = settings.hidden
-        self.forget_words = settings.forget_words
-        self.embedding = nn.Embedding(rows, settings.embedding, padding_idx=PAD)
-        # Half of the usual spread: at D = 64, strangers then score about 0.15 and equals 1.
-        nn.init.normal_(self.embedding.weight, std=0.5)
-        with torch.no_grad():
-            self.embedding.weight[PAD].zero_()
-        self.dropout = nn.Dropout(settings.dropout)
         self.lstm = lstm(settings.embedding, hidden, batch_first=True, bidirectional=True)
-        self.pairwise = pairwise
         self.attention_features = attention_features(MAX_LENGTH, settings.features)
         self.mix = nn.Linear(2 * hidden + settings.features, hidden)
         self.compare = nn.Sequential(
@@ -143,26 +186,6 @@ class Matcher(nn.Module):
         ]
         return self.score(torch.stack(similarities, 1))[:, 0]
 
-    def word_attention(self, batch: Batch) -> Tensor:
-        """S between the words of each answer and of its question, (answers, Q, A)."""
-        e_q, e_a = self._embed(batch)
-        pair = batch.question_of
-        return self.pairwise(e_q[pair], e_a, batch.questions.lengths[pair], batch.answers.lengths)
-
-    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        spellings = batch.spellings
-        if self.training:
-            # A word that is forgotten now and then teaches its n-grams to stand in for it.
-            forgotten = torch.rand(len(spellings), device=spellings.device) < self.forget_words
-            first = torch.where(forgotten, UNKNOWN, spellings[:, 0])
-            spellings = torch.cat([first[:, None], spellings[:, 1:]], 1)
-        # The root keeps the spread of a sum of independent rows at that of one row.
-        tokens = self.embedding(spellings).sum(1) / (spellings != PAD).sum(1, keepdim=True).sqrt()
-        return (
-            self.dropout(F.embedding(batch.questions.tokens, tokens)),
-            self.dropout(F.embedding(batch.answers.tokens, tokens)),
-        )
-
     def _channels(self, h: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
         """[h; F] mixed, and the maximum over the words of a text."""
         z = torch.tanh(self.mix(torch.cat([h, features], 2)))
@@ -180,11 +203,11 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * shares.view(*shares.shape, *[1] * (values.dim() - 2))).sum(1)
 
 
-def ours(rows: int, settings: Settings) -> Matcher:
+def ours(rows: int, settings: MatcherSettings) -> Matcher:
     """The matcher on gatematch's LSTM and pairwise attention."""
     return Matcher(rows, settings)
 
 
-def peer(rows: int, settings: Settings) -> Matcher:
+def peer(rows: int, settings: MatcherSettings) -> Matcher:
     """The matcher on torch's packed LSTM and cdist."""
     return Matcher(rows, settings, PackedLSTM, torch_pairwise, TorchAttentionFeatures)

@@ -35,8 +35,9 @@ def _curves(cases: Mapping[str, Any]) -> Figure:
         epochs = range(1, len(curves["ours"][key]) + 1)
         # The wide line under the thin dashed one shows both where they agree.
         ax.plot(epochs, curves["ours"][key], color=_OURS, linewidth=5, alpha=0.55, label="gatematch")
-        peer = {"color": _PEER, "linewidth": 1.6, "linestyle": "--", "marker": "o", "markersize": 3.5}
-        ax.plot(epochs, curves["peer"][key], label="torch.nn.LSTM + cdist", **peer)
+        if "peer" in curves:
+            peer = {"color": _PEER, "linewidth": 1.6, "linestyle": "--", "marker": "o", "markersize": 3.5}
+            ax.plot(epochs, curves["peer"][key], label="torch.nn.LSTM + cdist", **peer)
         ax.set_xlabel("epoch")
         ax.set_title(title, fontsize=10)
         ax.xaxis.get_major_locator().set_params(integer=True)

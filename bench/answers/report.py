@@ -15,6 +15,7 @@ from .baselines import BM25, random_scores
 from .batches import Encoder
 from .data import CandidateList, Dataset
 from .metrics import evaluate
+from .models import TITLES
 from .overlap import Blend
 from .text import MAX_LENGTH, Vocabulary, tokenize
 from .train import Trainer
@@ -25,6 +26,7 @@ RANKERS = {
     "model": "model alone",
     "model+overlap": "model + overlap features",
 }
+_BUILT_FROM = {"ours": "gatematch", "peer": "torch.nn.LSTM + cdist"}
 _SHOWN_WORDS = (6, 14)  # a heat map with fewer words shows nothing, with more cannot be read
 
 
@@ -45,7 +47,11 @@ def result_rows(
     }
     labels = [item.labels for item in dataset.test]
     extra: dict[str, dict[str, Any]] = {
-        "model": {"dev_map": ours.dev_map[ours.best_epoch], "epoch": ours.best_epoch + 1},
+        "model": {
+            "model": ours.settings.model,
+            "dev_map": ours.dev_map[ours.best_epoch],
+            "epoch": ours.best_epoch + 1,
+        },
         "model+overlap": {"weights": blend.weights},
     }
     rows: list[dict[str, Any]] = [
@@ -63,7 +69,7 @@ def result_rows(
         {"case": f"answers/{name}", **asdict(evaluate(ranking, labels)), **extra.get(name, {})}
         for name, ranking in rankings.items()
     ]
-    rows.append(_time_row(ours, trainers["peer"]))
+    rows.append(_time_row(trainers))
     rows.append(
         {
             "case": "answers/curves",
@@ -77,15 +83,16 @@ def result_rows(
     return rows
 
 
-def _time_row(ours: Trainer, peer: Trainer) -> dict[str, Any]:
-    return {
-        "case": "answers/time",
-        "unit": "seconds an epoch",
-        "ours": {"median": median(ours.seconds), "min": min(ours.seconds), "max": max(ours.seconds)},
-        "peer": {"median": median(peer.seconds), "min": min(peer.seconds), "max": max(peer.seconds)},
-        "ratio": median(peer.seconds) / median(ours.seconds),
-        "settings": ours.settings.as_dict(),
-    }
+def _time_row(trainers: Mapping[str, Trainer]) -> dict[str, Any]:
+    """Seconds an epoch of ours, and of the peer where the model has one."""
+    row: dict[str, Any] = {"case": "answers/time", "unit": "seconds an epoch"}
+    for name, trainer in trainers.items():
+        seconds = trainer.seconds
+        row[name] = {"median": median(seconds), "min": min(seconds), "max": max(seconds)}
+    if "peer" in row:
+        row["ratio"] = row["peer"]["median"] / row["ours"]["median"]
+    row["settings"] = trainers["ours"].settings.as_dict()
+    return row
 
 
 @torch.no_grad()
@@ -128,19 +135,56 @@ def print_report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         table.add_column(title, justify="right")
     for name, title in RANKERS.items():
         row = cases[f"answers/{name}"]
-        table.add_row(
-            title, f"{row['map']:.3f} ± {row['map_error']:.3f}", f"{row['mrr']:.3f}", f"{row['accuracy']:.3f}"
-        )
+        table.add_row(title, _mean_precision(row), f"{row['mrr']:.3f}", f"{row['accuracy']:.3f}")
     console.print(table)
     console.print("± is the standard error over the questions; all rankers see the same lists.", style="dim")
 
     time = cases["answers/time"]
-    table = Table(title="Training the same model")
+    table = Table(title=f"Training {TITLES[cases['answers/model']['model']]}")
     table.add_column("built from")
     for title in ("s / epoch (median)", "range", "last loss"):
         table.add_column(title, justify="right")
-    for name, title in (("ours", "gatematch"), ("peer", "torch.nn.LSTM + cdist")):
-        row, loss = time[name], cases["answers/curves"][name]["loss"][-1]
-        table.add_row(title, f"{row['median']:.2f}", f"{row['min']:.2f} to {row['max']:.2f}", f"{loss:.4f}")
+    for name, title in _BUILT_FROM.items():
+        if name in time:
+            row, loss = time[name], cases["answers/curves"][name]["loss"][-1]
+            seconds = f"{row['min']:.2f} to {row['max']:.2f}"
+            table.add_row(title, f"{row['median']:.2f}", seconds, f"{loss:.4f}")
     console.print(table)
-    console.print(f"torch's time over ours: {time['ratio']:.2f}", highlight=False)
+    if "ratio" in time:
+        console.print(f"torch's time over ours: {time['ratio']:.2f}", highlight=False)
+
+
+def models_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of several results files of `answers`, read: a line each, the baselines once.
+
+    Raises:
+        ValueError: the files do not hold the same test questions, so their lines could not be compared.
+        KeyError: a file is not one of a whole `answers` run.
+    """
+    lines = [
+        "| model | MAP | MRR | accuracy at 1 | MAP with overlap features |",
+        "|---|---|---|---|---|",
+    ]
+    files = [{row["case"]: row for row in result["rows"]} for result in results]
+    data = [(cases["answers/data"]["name"], cases["answers/data"]["test"]) for cases in files]
+    if len(set(data)) > 1:
+        found = " and ".join(f"{test} test questions of {name}" for name, test in dict.fromkeys(data))
+        raise ValueError(f"results files must be of the same test questions; got {found}")
+    for name in ("random", "bm25"):
+        lines.append(f"| {RANKERS[name]} | {_measures(files[0][f'answers/{name}'])} | |")
+    for cases in files:
+        row, settings = cases["answers/model"], cases["answers/time"]["settings"]
+        title = TITLES[row.get("model", "lstm")]  # files of before there was a choice
+        if settings["seed"]:
+            title += f", seed {settings['seed']}"
+        blended = cases["answers/model+overlap"]
+        lines.append(f"| {title} | {_measures(row)} | {_mean_precision(blended)} |")
+    return "\n".join(lines)
+
+
+def _measures(row: Mapping[str, Any]) -> str:
+    return f"{_mean_precision(row)} | {row['mrr']:.3f} | {row['accuracy']:.3f}"
+
+
+def _mean_precision(row: Mapping[str, Any]) -> str:
+    return f"{row['map']:.3f} ± {row['map_error']:.3f}"

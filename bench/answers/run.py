@@ -19,7 +19,8 @@ from gatematch.bench.results import describe_machine, writable, write_results
 
 from .batches import Encoder
 from .data import Dataset, chatterbot
-from .model import Settings, ours, peer
+from .model import Settings
+from .models import builders
 from .report import print_report, result_rows
 from .text import Vocabulary
 from .train import Trainer, load_checkpoint, save_checkpoint
@@ -56,7 +57,7 @@ def run(options: Options, settings: Settings, console: Console) -> list[dict[str
     encoder = Encoder(vocabulary, [text for item in lists for text in (item.question, *item.candidates)])
     trainers = {
         name: Trainer(build, vocabulary.pieces, settings, encoder, dataset, options.device)
-        for name, build in (("ours", ours), ("peer", peer))
+        for name, build in builders(settings).items()
     }
     checkpoint, results = options.out / "checkpoint.pt", options.json or options.out / "results.json"
     belongs_to = settings.as_dict() | {"data": _fingerprint(dataset)}
@@ -90,7 +91,7 @@ def _train(
     trainers: dict[str, Trainer],
     console: Console,
 ) -> None:
-    """Train both models, an epoch of each in turn, with a checkpoint after every pair of epochs."""
+    """Train what there is side by side, an epoch of each in turn, with a checkpoint after each round."""
     done = trainers["ours"].epochs
     if done > options.epochs:
         raise ValueError(f"checkpoint {checkpoint} already has {done} epochs; got --epochs {options.epochs}")
@@ -109,13 +110,13 @@ def _train(
         with Progress(*columns, console=console) as progress:
             for epoch in range(done, options.epochs):
                 label = f"{epoch + 1}/{options.epochs}"
-                task = progress.add_task(label, total=2 * trainers["ours"].steps, seen="")
+                task = progress.add_task(label, total=len(trainers) * trainers["ours"].steps, seen="")
                 # Whoever goes second finds warmer caches, so they take turns.
-                for name in ("ours", "peer") if epoch % 2 == 0 else ("peer", "ours"):
+                for name in list(trainers)[:: 1 if epoch % 2 == 0 else -1]:
                     trainers[name].epoch(lambda task=task: progress.advance(task))  # type: ignore[misc]
                 seen = "  ".join(
-                    f"{name}: loss {trainers[name].losses[-1]:.4f} dev MAP {trainers[name].dev_map[-1]:.3f}"
-                    for name in ("ours", "peer")
+                    f"{name}: loss {trainer.losses[-1]:.4f} dev MAP {trainer.dev_map[-1]:.3f}"
+                    for name, trainer in trainers.items()
                 )
                 progress.update(task, seen=seen)
                 save_checkpoint(checkpoint, belongs_to, trainers)

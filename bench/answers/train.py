@@ -25,7 +25,8 @@ from torch import nn
 from .batches import Encoder
 from .data import CandidateList, Dataset
 from .metrics import evaluate
-from .model import Matcher, Settings
+from .model import Settings
+from .models import Build
 
 _SCORED = 16  # lists a batch when nothing is learned
 # What reading a damaged file, or a file of something else, may raise.
@@ -46,7 +47,7 @@ class Trainer:
 
     def __init__(
         self,
-        build: Callable[[int, Settings], Matcher],
+        build: Build,
         rows: int,
         settings: Settings,
         encoder: Encoder,
@@ -177,7 +178,9 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any], trainers: Mapping[s
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(state["settings"])
-        foreign = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
+        # Another model has other settings too: its name says most.
+        names = sorted({*settings, *found}, key=lambda name: (name != "model", name))
+        foreign = [name for name in names if settings.get(name) != found.get(name)]
         if not foreign:
             for name, trainer in trainers.items():
                 trainer.load(state["trainers"][name])
