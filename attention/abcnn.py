@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import _check
+from .checks import check_pair
 from .modules import AttentionFeatures
 from .pooling import all_pool, attention_weights, check_sizes, mean_weights, window_pool, zero_past
 
@@ -231,7 +231,7 @@ class ABCNN(nn.Module):
             # The vectors' shapes, dtype and device before they are looked up.
             vector = self.embedding.weight.new_empty(self.features)
             q, a = (vector.expand(*ids.shape, -1) for ids in (q, a))
-        unbatched = _check(q, a, q_lengths, a_lengths, impl="auto", precision="float32")
+        unbatched = check_pair(q, a, q_lengths, a_lengths)
         if q.shape[-1] != self.features:
             raise ValueError(
                 f"q must have features = {self.features} columns; got {q.shape[-1]}, shape {tuple(q.shape)}"

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from .checks import check_pair, check_rows
 
 
 def pairwise_attention(
@@ -52,7 +51,8 @@ def pairwise_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = _check(q, a, q_lengths, a_lengths, impl, precision)
+    unbatched = check_pair(q, a, q_lengths, a_lengths)
+    _check_path(q, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
     S: Tensor
@@ -87,8 +87,9 @@ def pairwise_attend(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = _check(q, a, q_lengths, a_lengths, impl, precision)
-    _check_rows("v", v, q)
+    unbatched = check_pair(q, a, q_lengths, a_lengths)
+    _check_path(q, impl, precision)
+    check_rows("v", v, q)
     if v.dim() != a.dim() or v.shape[:-1] != a.shape[:-1]:
         expected = ", ".join(map(str, a.shape[:-1]))
         raise ValueError(
@@ -126,7 +127,8 @@ def pairwise_sums(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = _check(q, a, q_lengths, a_lengths, impl, precision)
+    unbatched = check_pair(q, a, q_lengths, a_lengths)
+    _check_path(q, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
     if _takes_kernels(q, impl):
@@ -165,82 +167,10 @@ def _takes_kernels(q: Tensor, impl: str) -> bool:
     return impl == "triton" or (impl == "auto" and q.is_cuda and _no_kernels(q) is None)
 
 
-def _check(
-    q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None, impl: str, precision: str
-) -> bool:
-    """Raise for anything wrong; returns whether q and a are unbatched."""
-    _check_rows("q", q, q)
-    _check_rows("a", a, q)
-    if q.dim() not in (2, 3):
-        raise ValueError(f"q must have shape (B, Q, D) or (Q, D); got {tuple(q.shape)}")
-    if a.dim() != q.dim():
-        expected = "(B, A, D), as q is batched" if q.dim() == 3 else "(A, D), as q is unbatched"
-        raise ValueError(f"a must have shape {expected}; got {tuple(a.shape)}")
-    if q.dim() == 3 and a.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"a must have the batch size of q, B = {q.shape[0]}; got {a.shape[0]}, shape {tuple(a.shape)}"
-        )
-    if a.shape[-1] != q.shape[-1]:
-        message = (
-            f"a must have the features of q, D = {q.shape[-1]}; got {a.shape[-1]}, shape {tuple(a.shape)}"
-        )
-        if a.shape[-2] == q.shape[-1]:
-            message += "; a looks transposed: pass a.mT"
-        elif a.shape[-1] == q.shape[-2]:
-            message += "; q looks transposed: pass q.mT"
-        raise ValueError(message)
-    if q.shape[-1] == 0:
-        raise ValueError(f"q must have at least one feature, D >= 1; got shape {tuple(q.shape)}")
-    for name, lengths, rows, size in (("q_lengths", q_lengths, q, "Q"), ("a_lengths", a_lengths, a, "A")):
-        if lengths is not None:
-            _check_lengths(name, lengths, rows, size)
+def _check_path(q: Tensor, impl: str, precision: str) -> None:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch"; got {impl!r}')
     if precision not in ("float32", "tf32"):
         raise ValueError(f'precision must be "float32" or "tf32"; got {precision!r}')
     if impl == "triton" and (reason := _no_kernels(q)) is not None:
         raise ValueError(f'impl="triton" cannot serve this call: {reason}; use "auto" or "torch"')
-    return q.dim() == 2
-
-
-def _check_rows(name: str, rows: Tensor, like: Tensor) -> None:
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(rows).__name__}")
-    if not (rows.is_cpu or rows.is_cuda):
-        raise ValueError(f"{name} must be on a CPU or CUDA device; got {rows.device}")
-    if rows is like:
-        if rows.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16; got {rows.dtype}")
-        return
-    if rows.dtype != like.dtype:
-        raise TypeError(f"{name} must have the dtype of q, {like.dtype}; got {rows.dtype}")
-    if rows.device != like.device:
-        raise ValueError(f"{name} must be on the device of q, {like.device}; got {rows.device}")
-
-
-def _check_lengths(name: str, lengths: Tensor, rows: Tensor, size: str) -> None:
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of integers; got {type(lengths).__name__}")
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integers; got {lengths.dtype}")
-    if rows.dim() == 2:
-        raise ValueError(
-            f"{name} goes with batched input; got {name} with unbatched rows of shape {tuple(rows.shape)}"
-        )
-    if lengths.shape != rows.shape[:1]:
-        raise ValueError(
-            f"{name} must have shape ({rows.shape[0]},), one length a sequence; got {tuple(lengths.shape)}"
-        )
-    if lengths.device != rows.device:
-        raise ValueError(f"{name} must be on the device of q, {rows.device}; got {lengths.device}")
-    if torch.compiler.is_compiling() or not lengths.numel():
-        return
-    # Looking at the values would make a device wait; there, wrong lengths are cut to what is possible.
-    if lengths.device.type != "cpu":
-        if os.environ.get("GATEMATCH_DEBUG") == "1":
-            torch._assert_async(((lengths >= 0) & (lengths <= rows.shape[1])).all())
-    else:
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > rows.shape[1]:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name} must lie between 0 and {size} = {rows.shape[1]}; got {wrong}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _check, pairwise_sums
+from .checks import check_pair
+from .functional import pairwise_sums
 
 
 def attention_pool(
@@ -44,7 +45,7 @@ def attention_pool(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = _check(q, a, q_lengths, a_lengths, impl="auto", precision="float32")
+    unbatched = check_pair(q, a, q_lengths, a_lengths)
     check_sizes(width=width)
     check_flags(normalize=normalize)
     for name, rows in (("q", q), ("a", a)):

@@ -1,35 +1,104 @@
-"""The CPU's contract on a CUDA device: the same numbers, right against float64."""
+"""The CPU's contract on a CUDA device, and that of the kernels: the same numbers, right against float64."""
 
 import pytest
 import torch
+from pairwise_contract import (
+    DTYPES,
+    check_attend,
+    check_attention,
+    check_sums,
+    lengths_of,
+    rows_at_distances,
+)
 
 from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums
-from gatematch.attention.reference import pairwise_attention_reference
+from gatematch.attention import reference as exact
 from gatematch.lstm import LSTM
 
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("D", [1, 7, 50, 300, 768, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_are_exact_at_every_distance(dtype, D, with_lengths):
+    q, a = rows_at_distances(D, dtype, device="cuda")
+    v = torch.randn(2, a.shape[1], 65, device="cuda").to(dtype)
+    lengths = (None, None)
+    if with_lengths:
+        lengths = lengths_of(q, a)
+        lengths_of(v)
+    check_attention(q, a, lengths)
+    check_sums(q, a, lengths)
+    for normalize in (None, "rows"):
+        check_attend(q, a, v, lengths, normalize)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1000.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_common_offset_changes_nothing(dtype, offset):
+    check_attention(*rows_at_distances(50, dtype, offset, "cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_text_of_many_tiles(dtype):
+    words = torch.randn(2000, 300, device="cuda").to(dtype)
+    q, a = (words[torch.randint(2000, (4, L), device="cuda")] for L in (300, 257))
+    check_attention(q, a)
+    check_attend(q, a, torch.randn(4, 257, 300, device="cuda").to(dtype), normalize="rows")
+    check_sums(q, a)
+
+
+def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
+    q, a = torch.randn(2, 9, 20, device="cuda"), torch.randn(2, 7, 20, device="cuda")
+    S = pairwise_attention(q, a, torch.tensor([-3, 10**9], device="cuda"))
+    assert not S[0].any() and torch.equal(S[1], pairwise_attention(q, a)[1])
+
+
+def test_kernels_give_the_same_bits_in_every_run():
+    words = torch.randn(500, 128, device="cuda")
+    inputs = [words[torch.randint(500, (2, 2000), device="cuda")].requires_grad_() for _ in range(3)]
+    runs = []
+    for _ in range(3):
+        S, O = pairwise_attention(*inputs[:2]), pairwise_attend(*inputs)
+        sums = pairwise_sums(*inputs[:2])
+        total = S.square().sum() + O.square().sum() + sum(x.square().sum() for x in sums)
+        runs.append([S, O, *sums, *torch.autograd.grad(total, inputs)])
+    for run in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
+
+
+def test_more_scores_than_32_bits_count():
+    q = torch.randn(1, 50_000, 16, device="cuda", dtype=torch.bfloat16)
+    a = q[:, :45_000]
+    S = pairwise_attention(q, a)
+    assert S.numel() > 2**31
+    rows = torch.tensor([0, 1, 49_999], device="cuda")
+    want = exact.pairwise_attention_reference(q[:, rows].double(), a.double())
+    assert ((S[:, rows].double() - want).abs() <= 2.0**-8 * want + 1e-5).all()
+
+
+def test_streaming_memory_does_not_grow_with_the_pairs():
+    L = 16384
+    q, a, v = (torch.randn(1, L, 128, device="cuda", requires_grad=True) for _ in range(3))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    pairwise_attend(q, a, v, "rows").sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.1 * 4 * L * L
+
+
 @pytest.mark.parametrize("D", [1, 7, 50, 300])
-@pytest.mark.parametrize("offset", [0.0, 10.0])
-def test_pairwise_attention_is_exact(D, offset):
-    words = torch.randn(20, D, device="cuda") + offset
+def test_torch_path_is_exact(D):
+    words = torch.randn(20, D, device="cuda")
     q, a = words[torch.randint(0, 20, (3, 65))], words[torch.randint(0, 20, (3, 63))]
     q = (q + 1e-3 * torch.randn_like(q) * torch.randint(0, 2, (3, 65, 1), device="cuda")).requires_grad_()
-    a.requires_grad_()
     q_lengths = torch.tensor([65, 1, 30], device="cuda")
-    want = pairwise_attention_reference(q.double(), a.double(), q_lengths)
-    S = pairwise_attention(q, a, q_lengths)
+    want = exact.pairwise_attention_reference(q.double(), a.double(), q_lengths)
+    S = pairwise_attention(q, a, q_lengths, impl="torch")
     assert (S.double() - want).abs().max() < 1e-6
     g = torch.randn_like(S)
-    grads = torch.autograd.grad(S, (q, a), g)
-    for grad, true in zip(grads, torch.autograd.grad(want, (q, a), g.double()), strict=True):
-        torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-4)
-    r, c = pairwise_sums(q, a, q_lengths)
-    torch.testing.assert_close((r.double(), c.double()), (want.sum(2), want.sum(1)), rtol=1e-5, atol=1e-5)
-    v = torch.randn(3, 63, 5, device="cuda")
-    O = pairwise_attend(q, a, v, q_lengths=q_lengths)
-    torch.testing.assert_close(O.double(), want @ v.double(), rtol=1e-5, atol=1e-5)
+    (grad,), (true,) = torch.autograd.grad(S, q, g), torch.autograd.grad(want, q, g.double())
+    torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
