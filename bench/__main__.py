@@ -224,13 +224,16 @@ def plot(
 
 @app.command()
 def table(
-    results: Annotated[Path, typer.Argument(help="A results file of `answers` or `speed`.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="A results file of `answers`, `speed` or `kernels`, or several of `answers`."),
+    ],
 ) -> None:
-    """Print a results file as a Markdown table."""
+    """Print results as a Markdown table."""
     from gatematch.bench.markdown import markdown
 
     with one_sentence_errors():
-        typer.echo(markdown(results))
+        typer.echo(markdown(*results))
 
 
 if __name__ == "__main__":

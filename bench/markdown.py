@@ -5,32 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .answers.report import RANKERS
+from .answers.report import RANKERS, models_table
 from .results import read_results
 
 # The peer that each half is held against: what its users call today.
 _RIVALS = ("torch.nn.LSTM", "torch.nn.LSTMCell", "cdist, fast mode")
 
 
-def markdown(path: Path) -> str:
-    """The table of a results file of `answers` or `speed`, and a line that says where it was measured."""
-    results = read_results(path)
-    rows, meta = results["rows"], results["meta"]
+def markdown(*paths: Path) -> str:
+    """The table of a results file, or of several of `answers`, and a line for each that says where from."""
+    results = [read_results(path) for path in paths]
     try:
-        if any(row["case"].startswith("answers/") for row in rows):
-            table = _answers({row["case"]: row for row in rows})
-        elif all("peers" in row for row in rows):
-            table = _speed(rows)
+        if len(results) > 1:
+            table = models_table(results)
         else:
-            raise ValueError(f"results file {path} must come from answers or speed; there is no table for it")
-        where = (
-            f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
-            f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}: "
-            f"`{meta['command']}`"
-        )
+            table = _of_one(paths[0], results[0]["rows"])
+        return "\n\n".join([table, *(_source(result["meta"]) for result in results)])
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"results file {path} lacks what a table needs: {error}") from None
-    return f"{table}\n\n{where}"
+        names = ", ".join(map(str, paths))
+        raise ValueError(f"results file {names} lacks what a table needs: {error}") from None
+
+
+def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
+    if any(row["case"].startswith("answers/") for row in rows):
+        return _answers({row["case"]: row for row in rows})
+    if all("peers" in row for row in rows):
+        return _speed(rows)
+    if all(row["case"].startswith("kernels/") for row in rows):
+        return _kernels(rows)
+    raise ValueError(
+        f"results file {path} must come from answers, speed or kernels; there is no table for it"
+    )
+
+
+def _source(meta: dict[str, Any]) -> str:
+    return (
+        f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
+        f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}: "
+        f"`{meta['command']}`"
+    )
 
 
 def _answers(cases: dict[str, Any]) -> str:
@@ -66,4 +79,25 @@ def _speed(rows: list[dict[str, Any]]) -> str:
             f"| {name} | {shape} | {rival} | {cells[0]} | {cells[1]} "
             f"| {forward['ours']['error']:.0e} | {error:.0e} |"
         )
+    return "\n".join(lines)
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """A line for each kernel, dtype and configuration: the worst of its variants on every architecture."""
+    lines = [
+        "| kernel | dtype | architecture | configuration | registers | spills | shared KB | tensor cores |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        tile = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in row["config"].items())
+        tile = tile.replace("num_warps", "warps ").replace("num_stages", "stages ")
+        groups.setdefault((row["kernel"], row["dtype"], row["arch"], tile), []).append(row)
+    for key, variants in groups.items():
+        registers, spills, shared = (
+            max(row[name] for row in variants) for name in ("registers", "spills", "shared_bytes")
+        )
+        products = [row["tensor_core_instructions"] for row in variants if row["tensor_core_products"]]
+        instructions = f"{min(products)} to {max(products)}" if products else "none"
+        lines.append(f"| {' | '.join(key)} | {registers} | {spills} | {shared / 1024:.0f} | {instructions} |")
     return "\n".join(lines)

@@ -88,6 +88,8 @@ def tile_distances(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d of the tile [BLOCK_M, BLOCK_N] at these pointers, and which of its pairs are near and which far."""
+    tl.static_assert(ROWS % BLOCK_M == 0 and ROWS % BLOCK_N == 0, "the copies have whole blocks of rows")
+    tl.static_assert(FEATURES % BLOCK_K == 0, "the copies have whole blocks of features")
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     valid = (i < x_left)[:, None] & (j < y_left)[None, :]
