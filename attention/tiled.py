@@ -34,25 +34,17 @@ import torch
 from torch import Tensor
 
 from .blocks import Block, squares, whole_rows
+from .near import GROUP, Near, differences, groups_within, near_pairs, places_within
 from .operands import Operands
 
 # Pairs with d² <= TAU (||q||² + ||a||²) are near.
 TAU = 1 / 8
-# Pairs are first looked at in groups of so many, most of which hold no near one.
-GROUP = 8
 # With a larger share of groups below a tile's common threshold, look for an offset, or closer.
 CROWD = 1 / 4
 # Below this d, 1 - S has lost too many digits for a gradient: such tiles compute d again.
 CLOSE = 1 / 16
 # Near pairs are kept for the backward pass up to this share of all pairs, and searched again beyond it.
 KEPT = 1 / 8
-
-
-class Near(NamedTuple):
-    """The near pairs of one tile: their places in it, ascending, and their distances."""
-
-    place: Tensor
-    distance: Tensor
 
 
 def centred(x: Operands, blocks: list[Block]) -> list[Block]:
@@ -75,22 +67,6 @@ class Workspace:
             buffer = self.buffers[name] = self.like.new_empty(shape)
             return buffer
         return buffer if buffer.shape == shape else buffer.view(-1)[: math.prod(shape)].view(shape)
-
-
-def pair_rows(x: Operands, block: Block, place: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows in q (B*Q, D) and in a (B*A, D) of the pairs at these places of a tile."""
-    (_, Q, A), (_, rows, cols) = x.sizes, block.shape
-    line = place // cols  # batch in the tile * rows + row in the tile
-    batch = line // rows
-    q_row = line + (batch * (Q - rows) + (block.b.start * Q + block.i.start))
-    a_row = place - line * cols + (batch * A + (block.b.start * A + block.j.start))
-    return q_row, a_row
-
-
-def differences(x: Operands, q_row: Tensor, a_row: Tensor) -> Tensor:
-    """q - a (n, D) for the n pairs of these rows."""
-    D = x.q.shape[2]
-    return x.q.view(-1, D).index_select(0, q_row).sub_(x.a.view(-1, D).index_select(0, a_row))
 
 
 def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[float, Near | None]:
@@ -146,37 +122,6 @@ def features(block: Block, q: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tenso
     q, a = block.of_q(q), block.of_a(a)
     for feature in range(q.shape[2]):
         yield q[..., feature, None], a[:, None, :, feature]
-
-
-def groups_within(values: Tensor, bound: float) -> Tensor:
-    """The groups in which not all values exceed the bound.
-
-    Group n holds the values at n, n + N, n + 2N, ... for N groups, so that its minimum is one of vectors;
-    what is left over at the end is in none. Several times faster than looking for single values.
-    """
-    N = values.numel() // GROUP
-    smallest = values.view(-1)[: N * GROUP].view(GROUP, N).amin(0)
-    return torch.gt(smallest, bound).logical_not_().nonzero().squeeze(1)
-
-
-def places_within(values: Tensor, groups: Tensor, bound: float) -> Tensor:
-    """Where in these groups, or in none, values do not exceed the bound, in ascending order."""
-    values = values.view(-1)
-    N = values.shape[0] // GROUP
-    found = values[: N * GROUP].view(GROUP, N).index_select(1, groups)
-    turn, column = torch.gt(found, bound).logical_not_().nonzero().unbind(1)
-    place = groups.index_select(0, column).add_(turn, alpha=N)
-    if values.shape[0] == N * GROUP:
-        return place
-    rest = torch.gt(values[N * GROUP :], bound).logical_not_().nonzero().squeeze(1)
-    return torch.cat([place, rest + N * GROUP])
-
-
-def near_pairs(x: Operands, block: Block, place: Tensor) -> Near | None:
-    """The pairs at these places of a tile, with their distances from the differences."""
-    if place.shape[0] == 0:
-        return None
-    return Near(place, torch.linalg.vector_norm(differences(x, *pair_rows(x, block, place)), dim=1))
 
 
 class Kept(NamedTuple):
@@ -277,12 +222,12 @@ class Gradients:
         if apart.shape[0] == 0:
             return
         place, d = place.index_select(0, apart), distance.index_select(0, apart)
-        q_row, a_row = pair_rows(self.x, block, place)
         k = g.reshape(-1).index_select(0, place) / (d * (1 + d).square())
-        step = differences(self.x, q_row, a_row).mul_(k[:, None])
         D = self.q.shape[2]
-        self.q.view(-1, D).index_add_(0, q_row, step, alpha=-1)
-        self.a.view(-1, D).index_add_(0, a_row, step)
+        for some, q_row, a_row, step in differences(self.x, block, place):
+            step.mul_(k[some, None])
+            self.q.view(-1, D).index_add_(0, q_row, step, alpha=-1)
+            self.a.view(-1, D).index_add_(0, a_row, step)
 
 
 def backward(

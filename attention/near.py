@@ -1,0 +1,116 @@
+"""The near pairs of a tile (see tiled.py): found in a few passes, their rows gathered a few at a time.
+
+Shapes: q (B, Q, D), a (B, A, D). A pair's place is its position in the tile, row by row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocks import Block
+from .operands import Operands
+
+# Pairs are first looked at in groups of so many, most of which hold no near one.
+GROUP = 8
+# Elements of the room that the rows of near pairs are gathered in.
+SCRATCH = 1 << 18
+
+
+class Near(NamedTuple):
+    """The near pairs of one tile: their places in it, ascending, and their distances."""
+
+    place: Tensor
+    distance: Tensor
+
+
+def groups_within(values: Tensor, bound: float) -> Tensor:
+    """The groups in which not all values exceed the bound.
+
+    Group n holds the values at n, n + N, n + 2N, ... for N groups, so that its minimum is one of vectors;
+    what is left over at the end is in none. Several times faster than looking for single values.
+    """
+    N = values.numel() // GROUP
+    smallest = values.view(-1)[: N * GROUP].view(GROUP, N).amin(0)
+    return torch.gt(smallest, bound).logical_not_().nonzero().squeeze(1)
+
+
+def places_within(values: Tensor, groups: Tensor, bound: float) -> Tensor:
+    """Where in these groups, or in none, values do not exceed the bound, in ascending order."""
+    values = values.view(-1)
+    N = values.shape[0] // GROUP
+    found = values[: N * GROUP].view(GROUP, N).index_select(1, groups)
+    turn, column = torch.gt(found, bound).logical_not_().nonzero().unbind(1)
+    place = groups.index_select(0, column).add_(turn, alpha=N)
+    if values.shape[0] == N * GROUP:
+        return place
+    rest = torch.gt(values[N * GROUP :], bound).logical_not_().nonzero().squeeze(1)
+    return torch.cat([place, rest + N * GROUP])
+
+
+def near_pairs(x: Operands, block: Block, place: Tensor) -> Near | None:
+    """The pairs at these places of a tile, with their distances from the differences."""
+    if place.shape[0] == 0:
+        return None
+    distance = x.q.new_empty(place.shape[0])
+    for some, _, _, step in differences(x, block, place):
+        torch.linalg.vector_norm(step, dim=1, out=distance[some])
+    return Near(place, distance)
+
+
+def pair_rows(x: Operands, block: Block, place: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in q (B*Q, D) and in a (B*A, D) of the pairs at these places of a tile."""
+    (_, Q, A), (_, rows, cols) = x.sizes, block.shape
+    line = place // cols  # batch in the tile * rows + row in the tile
+    batch = line // rows
+    q_row = line + (batch * (Q - rows) + (block.b.start * Q + block.i.start))
+    a_row = place - line * cols + (batch * A + (block.b.start * A + block.j.start))
+    return q_row, a_row
+
+
+class Scratch(threading.local):
+    """Room for the rows of near pairs, kept by each thread between calls.
+
+    The rows of a call's near pairs are some megabytes, which the system hands out page by page, cleared: that
+    takes several times longer than gathering them.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def halves(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two buffers (rows, D), like the rows of `like`, that the next call hands out again."""
+        D = like.shape[-1]
+        # Another device's memory may still be read by work that is queued there.
+        if not like.is_cpu or 2 * rows * D > SCRATCH:
+            return like.new_empty(rows, D), like.new_empty(rows, D)
+        buffer = self.buffers.get(like.dtype)
+        if buffer is None:
+            with torch.inference_mode(False):
+                buffer = self.buffers[like.dtype] = torch.empty(2, SCRATCH // 2, dtype=like.dtype)
+        first, second = buffer[:, : rows * D].view(2, rows, D)
+        return first, second
+
+
+_scratch = Scratch()
+
+
+def differences(x: Operands, block: Block, place: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """The pairs at these places of a tile, a few at a time: which, their rows in q and in a, and q - a (n, D).
+
+    What is yielded holds until the next.
+    """
+    q_rows, a_rows = pair_rows(x, block, place)
+    D = x.q.shape[2]
+    step = max(1, SCRATCH // (2 * D))
+    for start in range(0, place.shape[0], step):
+        some = slice(start, min(start + step, place.shape[0]))
+        q_row, a_row = q_rows[some], a_rows[some]
+        q, a = _scratch.halves(q_row.shape[0], x.q)
+        torch.index_select(x.q.view(-1, D), 0, q_row, out=q)
+        torch.index_select(x.a.view(-1, D), 0, a_row, out=a)
+        yield some, q_row, a_row, q.sub_(a)
