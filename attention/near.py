@@ -100,7 +100,7 @@ _scratch = Scratch()
 
 
 def differences(x: Operands, block: Block, place: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """The pairs at these places of a tile, a few at a time: which, their rows in q and in a, and q - a (n, D).
+    """The pairs at these places of a tile, a few at a time: which, their rows in q and a, and q - a (n, D).
 
     What is yielded holds until the next.
     """
