@@ -10,7 +10,7 @@ PIP_ARGS ?=
 # More options of the command, as in: make bench ARGS=--resume
 ARGS ?=
 
-.PHONY: help bench speed check test test-all lint gpu clean
+.PHONY: help bench speed check kernels test test-all newest lint gpu clean
 
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
@@ -18,6 +18,8 @@ help:
 	@echo "make test-all  with the slow ones"
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
+	@echo "make kernels   what each kernel compiles to, per architecture: registers, spills, tensor-core instructions"
+	@echo "make newest    the kernels compiled with the newest Triton, beside the one in constraints.txt"
 	@echo "make lint      ruff, and mypy on the installed package"
 	@echo "make gpu       the CUDA tests, on a machine that has torch, triton, numpy, pytest and setuptools"
 
@@ -48,11 +50,19 @@ speed: $(VENV)/for-bench
 check: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench check --json $(OUT)/check.json
 
+kernels: $(VENV)/for-bench
+	$(RUN) -m gatematch.bench kernels --json $(OUT)/kernels.json $(ARGS)
+
 test: $(VENV)/for-test
 	$(RUN) -m pytest -m "not slow and not gpu"
 
 test-all: $(VENV)/for-test
 	$(RUN) -m pytest -m "not gpu"
+
+newest: $(VENV)/for-test
+	rm -rf $(VENV)/newest
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(VENV)/newest triton
+	PYTHONPATH=$(VENV)/newest $(RUN) -m pytest -rs -m "not slow" tests/test_kernels_compile.py
 
 lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .

@@ -20,7 +20,7 @@ def markdown(*paths: Path) -> str:
             table = models_table(results)
         else:
             table = _of_one(paths[0], results[0]["rows"])
-        return "\n\n".join([table, *(_source(result["meta"]) for result in results)])
+        return f"{table}\n\n{_sources([result['meta'] for result in results])}"
     except (KeyError, TypeError, IndexError) as error:
         names = ", ".join(map(str, paths))
         raise ValueError(f"results file {names} lacks what a table needs: {error}") from None
@@ -38,12 +38,16 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _source(meta: dict[str, Any]) -> str:
-    return (
-        f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
-        f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}: "
-        f"`{meta['command']}`"
-    )
+def _sources(metas: list[dict[str, Any]]) -> str:
+    """Machine, versions and commit, each followed by the commands that were run there."""
+    commands: dict[str, list[str]] = {}
+    for meta in metas:
+        where = (
+            f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
+            f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}"
+        )
+        commands.setdefault(where, []).append(f"`{meta['command']}`")
+    return "\n".join(f"{where}: {', '.join(run)}" for where, run in commands.items())
 
 
 def _answers(cases: dict[str, Any]) -> str:

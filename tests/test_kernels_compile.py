@@ -41,7 +41,8 @@ def test_shipped_configurations(kernel, arch, dtype, record_property):
     record_property("spills", {row["case"]: row["spills"] for row in rows})
     assert {row["kernel"] for row in rows} == {kernel}
     if triton.__version__ != GATED:
-        pytest.skip(f"compiled; spills count in Triton {GATED}, and this is {triton.__version__}")
+        spills = sum(row["spills"] for row in rows)
+        pytest.skip(f"{spills} spills in Triton {triton.__version__}; they count in {GATED} alone")
     assert not {row["case"]: found for row in rows if (found := faults(row))}
 
 
