@@ -6,8 +6,6 @@ Triton interprets its kernels (``TRITON_INTERPRET=1``).
 Shapes: q (B, Q, D), a (B, A, D), v (B, A, V), S (B, Q, A), lengths (B,); float32, float16 or bfloat16.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
