@@ -59,7 +59,7 @@ def pairwise_attention(
     if _takes_kernels(q, impl):
         S = _kernels().PairwiseAttention.apply(q, a, q_lengths, a_lengths, precision)
     else:
-        S = ops.PairwiseAttention.apply(q, a, q_lengths, a_lengths)
+        S = ops.attention(q, a, q_lengths, a_lengths)
     return S[0] if unbatched else S
 
 

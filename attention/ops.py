@@ -49,16 +49,17 @@ def _values(x: Operands, v: Tensor) -> Tensor:
     return v if x.a_padding is None else v.masked_fill(x.a_padding, 0)
 
 
-class PairwiseAttention(torch.autograd.Function):
-    @classmethod
-    def apply(cls, q: Tensor, a: Tensor, *lengths: Tensor | None) -> Tensor:
-        # With nothing to differentiate, autograd's own call and what it saves take a fifth of a small one.
-        if torch.is_grad_enabled() and (q.requires_grad or a.requires_grad):
-            return super().apply(q, a, *lengths)
-        with full_precision(q.device.type):
-            S = tiled.attention(Operands(q, a, *lengths))[0]
-        return S if S.dtype == q.dtype else S.to(q.dtype)
+def attention(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
+    """S; with nothing to differentiate, autograd's own call and what it saves take a fifth of a small one."""
+    if torch.is_grad_enabled() and (q.requires_grad or a.requires_grad):
+        S: Tensor = PairwiseAttention.apply(q, a, q_lengths, a_lengths)
+        return S
+    with full_precision(q.device.type):
+        S = tiled.attention(Operands(q, a, q_lengths, a_lengths))[0]
+    return S if S.dtype == q.dtype else S.to(q.dtype)
 
+
+class PairwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
         with full_precision(q.device.type):
