@@ -8,16 +8,18 @@ a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one un
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .checks import check_pair, check_rows
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pairwise_attention(
@@ -52,12 +54,12 @@ def pairwise_attention(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched = check_pair(q, a, q_lengths, a_lengths)
-    _check_path(q, impl, precision)
+    _check_path(impl, precision, q, a)
     if unbatched:
         q, a = q[None], a[None]
     S: Tensor
     if _takes_kernels(q, impl):
-        S = _kernels().PairwiseAttention.apply(q, a, q_lengths, a_lengths, precision)
+        S = _kernels().attention(q, a, q_lengths, a_lengths, precision)
     else:
         S = ops.attention(q, a, q_lengths, a_lengths)
     return S[0] if unbatched else S
@@ -88,7 +90,7 @@ def pairwise_attend(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched = check_pair(q, a, q_lengths, a_lengths)
-    _check_path(q, impl, precision)
+    _check_path(impl, precision, q, a, v)
     check_rows("v", v, q)
     if v.dim() != a.dim() or v.shape[:-1] != a.shape[:-1]:
         expected = ", ".join(map(str, a.shape[:-1]))
@@ -128,7 +130,7 @@ def pairwise_sums(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched = check_pair(q, a, q_lengths, a_lengths)
-    _check_path(q, impl, precision)
+    _check_path(impl, precision, q, a)
     if unbatched:
         q, a = q[None], a[None]
     if _takes_kernels(q, impl):
@@ -151,26 +153,27 @@ def _no_kernels(q: Tensor) -> str | None:
         return "the kernels take float32, float16 and bfloat16; got float64"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the kernels run on CUDA; got {q.device}"
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "triton is not installed"
     if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"the kernels need compute capability 8.0; got {torch.cuda.get_device_name(q.device)}"
     return None
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _takes_kernels(q: Tensor, impl: str) -> bool:
     return impl == "triton" or (impl == "auto" and q.is_cuda and _no_kernels(q) is None)
 
 
-def _check_path(q: Tensor, impl: str, precision: str) -> None:
+def _check_path(impl: str, precision: str, q: Tensor, *others: Tensor) -> None:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch"; got {impl!r}')
     if precision not in ("float32", "tf32"):
         raise ValueError(f'precision must be "float32" or "tf32"; got {precision!r}')
     if impl == "triton" and (reason := _no_kernels(q)) is not None:
         raise ValueError(f'impl="triton" cannot serve this call: {reason}; use "auto" or "torch"')
+    # The operations underneath would lose the tangents without a word; a compiler does not see them.
+    if forward_ad._current_level >= 0 and (
+        torch.compiler.is_compiling()
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, *others))
+    ):
+        raise NotImplementedError("pairwise attention has no forward-mode derivative in this version")

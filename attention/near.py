@@ -91,7 +91,9 @@ class Scratch(threading.local):
         buffer = self.buffers.get(like.dtype)
         if buffer is None:
             with torch.inference_mode(False):
-                buffer = self.buffers[like.dtype] = torch.empty(2, SCRATCH // 2, dtype=like.dtype)
+                buffer = self.buffers[like.dtype] = torch.empty(
+                    2, SCRATCH // 2, dtype=like.dtype, device="cpu"
+                )
         first, second = buffer[:, : rows * D].view(2, rows, D)
         return first, second
 

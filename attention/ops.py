@@ -35,9 +35,9 @@ def differentiable(
     return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)
 
 
-def _operands(ctx: Any, q: Tensor, a: Tensor) -> Operands:
+def _operands(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Operands:
     """Those of the forward pass, made again: they cost little beside the tiles, and need not be kept."""
-    x = Operands(q, a, *ctx.lengths)
+    x = Operands(q, a, q_lengths, a_lengths)
     if ctx.centred:
         x.centre()
     return x
@@ -65,29 +65,29 @@ class PairwiseAttention(torch.autograd.Function):
         with full_precision(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             S, kept, found = tiled.attention(x)
-        ctx.lengths, ctx.centred = (q_lengths, a_lengths), x.centred
+        ctx.centred = x.centred
         # A low-precision S is rounded too far, and many near pairs would take more room than S itself.
         near_pairs = sum([near.place.shape[0] for near in found])
         if S.dtype != q.dtype or near_pairs > tiled.KEPT * S.numel():
             ctx.kept = None
-            ctx.save_for_backward(q, a)
+            ctx.save_for_backward(q, a, q_lengths, a_lengths)
             return S.to(q.dtype)
         ctx.kept = kept
         near = map(torch.cat, zip(*found, strict=True)) if near_pairs else ()
-        ctx.save_for_backward(q, a, S, *near)
+        ctx.save_for_backward(q, a, q_lengths, a_lengths, S, *near)
         return S
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, *saved = ctx.saved_tensors
+        q, a, q_lengths, a_lengths, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> Tensor:
-                return pairwise_attention_reference(q, a, *ctx.lengths)
+                return pairwise_attention_reference(q, a, q_lengths, a_lengths)
 
             return *differentiable(reference, (q, a), (g,)), None, None
         with full_precision(q.device.type):
-            x = _operands(ctx, q, a)
+            x = _operands(ctx, q, a, q_lengths, a_lengths)
             if ctx.kept is None:
                 g = g.to(x.q.dtype)
                 grads = tiled.backward(x, whole_rows(x.sizes), lambda block, S: block.of_pairs(g))
@@ -112,21 +112,20 @@ class PairwiseAttend(torch.autograd.Function):
         with full_precision(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             O, r = tiled.attend(x, _values(x, v), normalize == "rows")
-        ctx.lengths, ctx.centred, ctx.normalize = (q_lengths, a_lengths), x.centred, normalize
-        ctx.save_for_backward(q, a, v, *(() if r is None else (O, r)))
+        ctx.centred, ctx.normalize = x.centred, normalize
+        ctx.save_for_backward(q, a, v, q_lengths, a_lengths, *(() if r is None else (O, r)))
         return O.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, v, *normalized = ctx.saved_tensors
+        q, a, v, q_lengths, a_lengths, *normalized = ctx.saved_tensors
         if torch.is_grad_enabled():
-            q_lengths, a_lengths = ctx.lengths
 
             def reference(q: Tensor, a: Tensor, v: Tensor) -> Tensor:
                 return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, ctx.normalize)
 
             return *differentiable(reference, (q, a, v), (g,)), None, None, None
-        x = _operands(ctx, q, a)
+        x = _operands(ctx, q, a, q_lengths, a_lengths)
         g, values = g.to(x.q.dtype), _values(x, v)
         grad_v = torch.zeros_like(values)
         # O_i = sum_j S_ij v_j / r_i and r_i = sum_j S_ij, so dL/dS_ij = (g_i / r_i)·(v_j - O_i).
@@ -154,20 +153,20 @@ class PairwiseSums(torch.autograd.Function):
         with full_precision(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             r, c = tiled.sums(x)
-        ctx.lengths, ctx.centred = (q_lengths, a_lengths), x.centred
-        ctx.save_for_backward(q, a)
+        ctx.centred = x.centred
+        ctx.save_for_backward(q, a, q_lengths, a_lengths)
         return r.to(q.dtype), c.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
-        q, a = ctx.saved_tensors
+        q, a, q_lengths, a_lengths = ctx.saved_tensors
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-                return pairwise_sums_reference(q, a, *ctx.lengths)
+                return pairwise_sums_reference(q, a, q_lengths, a_lengths)
 
             return *differentiable(reference, (q, a), (g_rows, g_cols)), None, None
-        x = _operands(ctx, q, a)
+        x = _operands(ctx, q, a, q_lengths, a_lengths)
         g_rows, g_cols = g_rows.to(x.q.dtype), g_cols.to(x.q.dtype)
 
         def upstream(block: Block, S: Tensor) -> Tensor:

@@ -41,9 +41,11 @@ def _(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, precision: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, Q, D), A = q.shape, a.shape[1]
-    centred = save and q.dtype == torch.float32 and D > pairwise.DIRECT
-    R = q.new_empty(B, Q, (A + 3) // 4 * 4, dtype=torch.float32) if save else None
-    return q.new_empty(B, Q, A), _or_empty(R, q), _or_empty(q.new_empty(B, D) if centred else None, q)
+    if not save:
+        return q.new_empty(B, Q, A), _or_empty(None, q), _or_empty(None, q)
+    R = q.new_empty(B, Q, (A + 3) // 4 * 4, dtype=torch.float32)
+    centre = q.new_empty(B, D, dtype=torch.float32) if pairwise.takes_centre(q) else None
+    return q.new_empty(B, Q, A), R, _or_empty(centre, q)
 
 
 @custom_op("gatematch::pairwise_attention_backward", mutates_args=())
@@ -130,15 +132,16 @@ def attend_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dL/dq, dL/da and dL/dv for g = dL/dO, empty where not wanted. r is empty where O is not normalised."""
     x, y = prepare(q, a, q_lengths, a_lengths, precision)
-    of_q, of_a = Upstream(g), Upstream(v)
+    of_q, of_a, scale = Upstream(g), Upstream(v), None
     if r.dim() == 2:
         # O_i = sum_j S_ij v_j / r_i and r_i = sum_j S_ij, so dL/dS_ij = (g_i·v_j - g_i·O_i) / r_i.
         scale = 1 / torch.where(r == 0, 1, r)
         of_q = Upstream(g, -(g.float() * O).sum(2), scale)
-        g = (g.float() * scale[..., None]).to(v.dtype)
     dq = stream_gradient(x, y, of_q, of_a, precision=precision) if wanted[0] else None
     da = stream_gradient(y, x, of_a, of_q, precision=precision) if wanted[1] else None
-    dv = pairwise_stream.attend_forward(y, x, g, precision=precision)[0] if wanted[2] else None
+    dv = None
+    if wanted[2]:
+        dv, _ = pairwise_stream.attend_forward(y, x, g, y_scale=scale, precision=precision)
     return _or_empty(dq, q), _or_empty(da, a), _or_empty(dv, v)
 
 
@@ -215,28 +218,37 @@ def _grads(grads: tuple[Tensor, ...], wanted: list[bool], others: int) -> Grads:
     return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * others)
 
 
+def attention(q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, precision: str) -> Tensor:
+    """S; what a backward pass needs is written only where there may be one."""
+    S: Tensor
+    if torch.is_grad_enabled() and (q.requires_grad or a.requires_grad):
+        S = PairwiseAttention.apply(q, a, q_lengths, a_lengths, precision)
+    else:
+        S = attention_op(q, a, q_lengths, a_lengths, precision, False)[0]
+    return S
+
+
 class PairwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, precision: str
     ) -> Tensor:
-        save = any(ctx.needs_input_grad)
-        S, R, centre = attention_op(q, a, q_lengths, a_lengths, precision, save)
-        ctx.lengths, ctx.precision = (q_lengths, a_lengths), precision
-        ctx.save_for_backward(q, a, R, centre)
+        S, R, centre = attention_op(q, a, q_lengths, a_lengths, precision, True)
+        ctx.precision = precision
+        ctx.save_for_backward(q, a, q_lengths, a_lengths, R, centre)
         return S
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, R, centre = ctx.saved_tensors
+        q, a, *lengths, R, centre = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> Tensor:
-                return pairwise_attention_reference(q, a, *ctx.lengths)
+                return pairwise_attention_reference(q, a, *lengths)
 
             return *differentiable(reference, (q, a), (g,)), None, None, None
-        grads = attention_backward_op(q, a, R, centre, g, *ctx.lengths, ctx.precision, wanted)
+        grads = attention_backward_op(q, a, R, centre, g, *lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 3)
 
 
@@ -253,22 +265,22 @@ class PairwiseAttend(torch.autograd.Function):
         precision: str,
     ) -> Tensor:
         O, r = attend_op(q, a, v, q_lengths, a_lengths, normalize == "rows", precision)
-        ctx.lengths, ctx.normalize, ctx.precision = (q_lengths, a_lengths), normalize, precision
+        ctx.normalize, ctx.precision = normalize, precision
         # Only a normalised O is needed again, and it may be in another dtype than what is returned.
-        ctx.save_for_backward(q, a, v, *((O, r) if normalize == "rows" else (r, r)))
+        ctx.save_for_backward(q, a, v, q_lengths, a_lengths, r if normalize is None else O, r)
         return O.to(v.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, v, O, r = ctx.saved_tensors
+        q, a, v, *lengths, O, r = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor, v: Tensor) -> Tensor:
-                return pairwise_attend_reference(q, a, v, *ctx.lengths, ctx.normalize)
+                return pairwise_attend_reference(q, a, v, *lengths, ctx.normalize)
 
             return *differentiable(reference, (q, a, v), (g,)), None, None, None, None
-        grads = attend_backward_op(q, a, v, O, r, g, *ctx.lengths, ctx.precision, wanted)
+        grads = attend_backward_op(q, a, v, O, r, g, *lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 4)
 
 
@@ -278,19 +290,19 @@ class PairwiseSums(torch.autograd.Function):
         ctx: Any, q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, precision: str
     ) -> tuple[Tensor, Tensor]:
         r, c = sums_op(q, a, q_lengths, a_lengths, precision)
-        ctx.lengths, ctx.precision = (q_lengths, a_lengths), precision
-        ctx.save_for_backward(q, a)
+        ctx.precision = precision
+        ctx.save_for_backward(q, a, q_lengths, a_lengths)
         return r.to(q.dtype), c.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
-        q, a = ctx.saved_tensors
+        q, a, *lengths = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-                return pairwise_sums_reference(q, a, *ctx.lengths)
+                return pairwise_sums_reference(q, a, *lengths)
 
             return *differentiable(reference, (q, a), (g_rows, g_cols)), None, None, None
-        grads = sums_backward_op(q, a, g_rows, g_cols, *ctx.lengths, ctx.precision, wanted)
+        grads = sums_backward_op(q, a, g_rows, g_cols, *lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 3)

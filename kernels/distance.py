@@ -42,7 +42,8 @@ def length_of(lengths_ptr, b, size):
 def as_multiplied(x, PREC: tl.constexpr):
     """x as the tensor cores read it, so that norms and products are made of the same numbers."""
     if PREC == "tf32":
-        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)  # the carry of some NaN would run into the sign
     else:
         return x
 
@@ -62,7 +63,7 @@ def centre_of(rows_ptr, k, D, end, stride):
 
 @triton.jit
 def has_offset(rows_ptr, D, end, stride):
-    """Whether the rows share a large offset."""
+    """Whether the rows share a large offset; fewer than SAMPLES would always seem to."""
     BLOCK: tl.constexpr = 128
     of_centre = tl.zeros((BLOCK,), tl.float32)
     of_rows = tl.zeros((SAMPLES, BLOCK), tl.float32)
@@ -71,7 +72,7 @@ def has_offset(rows_ptr, D, end, stride):
         centre = tl.sum(x, 0) / SAMPLES
         of_centre += centre * centre
         of_rows += x * x
-    return tl.sum(of_centre, 0) > OFFSET / SAMPLES * tl.sum(tl.sum(of_rows, 1), 0)
+    return (tl.sum(of_centre, 0) > OFFSET / SAMPLES * tl.sum(tl.sum(of_rows, 1), 0)) & (end >= SAMPLES)
 
 
 @triton.jit
@@ -124,8 +125,8 @@ def squares_by_feature(
 
 @triton.jit
 def is_near(d2, squares, valid):
-    """Which pairs to take from the difference; written so that a NaN, from norms that overflow, is one."""
-    return ((d2 >= TAU * squares).to(tl.int32) == 0) & valid
+    """Which pairs to take from the difference: also NaN, from norms that overflow, but not rows of NaN."""
+    return ((d2 >= TAU * squares).to(tl.int32) == 0) & (squares == squares) & valid
 
 
 @triton.jit
@@ -187,13 +188,18 @@ def add_to_rows(total, row, values, PREC: tl.constexpr, BLOCK_M: tl.constexpr):
     """total [BLOCK_M, K] with values [P, K] added to its rows row [P], always in the same order.
 
     A product with a one-hot matrix: that is exact in any precision, so values in two parts need two passes.
+    A value that is not finite makes its row NaN, and no other: 0 times it would be NaN as well.
     """
-    one_hot = (tl.arange(0, BLOCK_M)[:, None] == row[None, :]).to(tl.float32)
-    if PREC == "tf32x3":
+    in_row = tl.arange(0, BLOCK_M)[:, None] == row[None, :]  # [BLOCK_M, P]
+    finite = tl.abs(values) < float("inf")
+    lost = tl.sum(tl.where(finite, 0, 1), 1)  # [P]
+    values = tl.where(finite, values, 0.0)
+    one_hot = in_row.to(tl.float32)
+    if PREC == "ieee":
+        total = tl.dot(one_hot, values, total, input_precision="ieee")
+    else:
         upper = as_multiplied(values, "tf32")
         total = tl.dot(one_hot, values - upper, total, input_precision="tf32")
-        values = upper
-        total = tl.dot(one_hot, values, total, input_precision="tf32")
-    else:
-        total = tl.dot(one_hot, values, total, input_precision=PREC)
-    return total
+        total = tl.dot(one_hot, upper, total, input_precision="tf32")
+    lost_rows = tl.sum(tl.where(in_row, lost[None, :], 0), 1)
+    return tl.where(lost_rows[:, None] > 0, float("nan"), total)

@@ -1,7 +1,7 @@
 """How tensors are laid out for the kernels, and how many programs they take.
 
-Sizes and strides are never specialised on, so no length compiles anything anew. Strides go in divided by a
-power of two that divides all of them, which is compiled in: loads are then as wide as the layout allows.
+Sizes and strides are never specialised on. Strides go in divided by a power of two that divides all of them,
+which is compiled in, so that loads are as wide as the layout allows: there are at most four such variants.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ MAX_STRIDE = 2**24
 def rows(x: Tensor) -> Tensor:
     """x (B, L, D) as the kernels read it: features side by side, rows not too far apart."""
     return x if (x.stride(2) == 1 or x.shape[2] == 1) and x.stride(1) < MAX_STRIDE else x.contiguous()
+
+
+def packed(lengths: Tensor | None) -> Tensor | None:
+    """Lengths side by side."""
+    return None if lengths is None else lengths.contiguous()
 
 
 def width(itemsize: int, *steps: int) -> int:

@@ -44,7 +44,7 @@ from .distance import (
     slope,
     squares_by_feature,
 )
-from .launch import MAX_STRIDE, product_precision, programs, rows, width
+from .launch import MAX_STRIDE, packed, product_precision, programs, rows, width
 
 _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
 
@@ -253,6 +253,11 @@ def pairwise_bwd(
     tl.store(dx_at, total.to(dx_ptr.dtype.element_ty), (i < M - i0)[:, None] & in_k[None, :])
 
 
+def takes_centre(q: Tensor) -> bool:
+    """Whether the backward multiplies centred rows: not those of bfloat16, whose rounding is coarser."""
+    return q.dtype != torch.bfloat16 and q.shape[2] > DIRECT
+
+
 def attention_forward(
     q: Tensor,
     a: Tensor,
@@ -262,16 +267,17 @@ def attention_forward(
     precision: str = "float32",
     save: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """S, and with `save` what the backward needs of it: R, and in float32 with many features the centre.
+    """S, and with `save` what the backward needs of it: R and, if it `takes_centre`, the centre.
 
     q (B, Q, D), a (B, A, D): float32, float16 or bfloat16, any strides. precision "tf32" gives up exactness
     of far pairs in float32 for a third of the products.
     """
     (B, Q, D), A = q.shape, a.shape[1]
+    if A >= MAX_STRIDE:
+        raise ValueError(f"a must have fewer than 2**24 rows; got {A}: pairwise_attend takes more")
     S = q.new_empty(B, Q, A)
     R = q.new_empty(B, Q, triton.cdiv(A, 4) * 4, dtype=torch.float32) if save else None
-    centred = save and q.dtype == torch.float32 and D > DIRECT
-    centre = q.new_zeros(B, D) if centred else None
+    centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     if S.numel() == 0:
         return S, R, centre
     arch = config.architecture(q.device)
@@ -282,7 +288,7 @@ def attention_forward(
     grid = programs(B * triton.cdiv(Q, tile.blocks["BLOCK_M"]) * triton.cdiv(A, tile.blocks["BLOCK_N"]))
     with torch.cuda.device_of(q):
         pairwise_fwd[grid](
-            x, y, q_lengths, a_lengths, S, R, centre,
+            x, y, packed(q_lengths), packed(a_lengths), S, R, centre,
             Q, A, D // vec_d,
             *(stride // vec_d for stride in (*x.stride()[:2], *y.stride()[:2])),
             A // vec_s, 0 if R is None else R.stride(1) // 4,
@@ -318,7 +324,7 @@ def attention_gradient(
     grid = programs(B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_K"]))
     with torch.cuda.device_of(x):
         pairwise_bwd[grid](
-            x, y, x_lengths, y_lengths, R, g, centre, dx,
+            x, y, packed(x_lengths), packed(y_lengths), R, g, centre, dx,
             M, N, D // vec_d,
             *(stride // vec_d for stride in (*x.stride()[:2], *y.stride()[:2])),
             *(stride // 4 for stride in R.stride()[:2]),

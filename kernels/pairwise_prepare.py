@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import config
 from .distance import (
+    DIRECT,
     add_to_rows,
     as_multiplied,
     centre_of,
@@ -29,7 +30,7 @@ from .distance import (
     pick,
     squares_by_feature,
 )
-from .launch import product_precision, programs, rows, width
+from .launch import packed, product_precision, programs, rows, width
 
 ROWS = tl.constexpr(128)
 FEATURES = tl.constexpr(64)
@@ -175,17 +176,17 @@ def prepare(
 
 def _side(x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None, precision: str) -> Side:
     (B, M, D), N = x.shape, y.shape[1]
-    x, y = rows(x), rows(y)
-    padded = triton.cdiv(M, ROWS) * ROWS
-    copy = x.new_empty(B, padded, triton.cdiv(D, FEATURES) * FEATURES)
-    squares = x.new_empty(B, padded, dtype=torch.float32)
-    if B * M * N == 0:
-        return Side(x, x_lengths, copy, squares)
+    x, y, x_lengths, y_lengths = rows(x), rows(y), packed(x_lengths), packed(y_lengths)
+    if D <= DIRECT or B * M * N == 0:
+        return Side(x, x_lengths, x.new_empty(0), x.new_empty(0, dtype=torch.float32))  # never read
+    length = triton.cdiv(M, ROWS) * ROWS
+    copy = x.new_empty(B, length, triton.cdiv(D, FEATURES) * FEATURES)
+    squares = x.new_empty(B, length, dtype=torch.float32)
     arch = config.architecture(x.device)
     tile = config.choose("pairwise_prepare", arch, x.dtype, {"M": M, "D": D})
     vec = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
     with torch.cuda.device_of(x):
-        pairwise_prepare[programs(B * padded // tile.blocks["BLOCK_M"])](
+        pairwise_prepare[programs(B * length // tile.blocks["BLOCK_M"])](
             x, y, x_lengths, y_lengths, copy, squares,
             M, N, D // vec,
             *(stride // vec for stride in (*x.stride()[:2], *y.stride()[:2])),

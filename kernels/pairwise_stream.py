@@ -28,7 +28,7 @@ _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
 @triton.jit(do_not_specialize=["B", "M", "N", "D", "V", "splits", *_STRIDES, "stride_vb", "stride_v"])
 def pairwise_stream_fwd(
     x_ptr, x_lengths_ptr, x_copy_ptr, x_squares_ptr, y_ptr, y_lengths_ptr, y_copy_ptr, y_squares_ptr,
-    v_ptr, o_ptr, r_ptr,
+    v_ptr, y_scale_ptr, o_ptr, r_ptr,
     B, M, N, D, V, splits,
     stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
     stride_vb: tl.int64, stride_v: tl.int64,
@@ -38,7 +38,8 @@ def pairwise_stream_fwd(
 ):  # fmt: skip
     """BLOCK_V columns of S @ v for BLOCK_M rows, from one of `splits` ranges of the rows of y.
 
-    o (splits, B, M, V); r (splits, B, M): the row sums, if given. NORMALIZE: o is divided by them.
+    o (splits, B, M, V); r (splits, B, M): the row sums, if given. NORMALIZE: o is divided by them. With
+    y_scale (B, N) the columns of S are multiplied by it first.
     """
     D *= VEC_D
     stride_x *= VEC_D
@@ -82,6 +83,8 @@ def pairwise_stream_fwd(
             x_squares_ptr, y_squares_ptr + j0, x_left, y_end - j0, D, features.to(tl.int32),
             step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_P,
         )  # fmt: skip
+        if y_scale_ptr is not None:
+            s *= tl.load(y_scale_ptr + b * N + j0 + j, j < y_end - j0, other=0.0)[None, :]
         v_at = v_ptr + j0 * stride_v + j[:, None] * step_v + n[None, :]
         v = tl.load(v_at, (j < y_end - j0)[:, None] & in_v[None, :], other=0.0)
         if v.dtype == tl.float32:
@@ -163,9 +166,15 @@ def _wanted(device: torch.device) -> int:
 
 
 def attend_forward(
-    x: Side, y: Side, v: Tensor, *, normalize: bool = False, precision: str = "float32"
+    x: Side,
+    y: Side,
+    v: Tensor,
+    *,
+    y_scale: Tensor | None = None,
+    normalize: bool = False,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor | None]:
-    """S @ v (B, M, V) for v (B, N, V) of the dtype of x.
+    """S @ v (B, M, V) for v (B, N, V) of the dtype of x; y_scale (B, N) multiplies the columns of S first.
 
     With `normalize`, rows are divided by their sums r (B, M), which are returned too; both are in float32
     then, as the backward wants them.
@@ -184,7 +193,7 @@ def attend_forward(
     r = v.new_empty(splits, B, M, dtype=torch.float32) if normalize else None
     with torch.cuda.device_of(v):
         pairwise_stream_fwd[programs(tiles * splits)](
-            *x.pointers, *y.pointers, v, O, r,
+            *x.pointers, *y.pointers, v, y_scale, O, r,
             B, M, N, D // x.vec(y), V // vec_v, splits,
             *x.strides(y), *(stride // vec_v for stride in v.stride()[:2]),
             VEC_D=x.vec(y), VEC_V=vec_v, PREC=product_precision(v.dtype, precision, arch),

@@ -43,10 +43,17 @@ def test_a_common_offset_changes_nothing(dtype, offset):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_text_of_many_tiles(dtype):
     words = torch.randn(2000, 300, device="cuda").to(dtype)
-    q, a = (words[torch.randint(2000, (4, L), device="cuda")] for L in (300, 257))
+    q, a = (words[torch.randint(2000, (1, L), device="cuda")] for L in (300, 2257))
     check_attention(q, a)
-    check_attend(q, a, torch.randn(4, 257, 300, device="cuda").to(dtype), normalize="rows")
+    check_attend(q, a, torch.randn(1, 2257, 300, device="cuda").to(dtype), normalize="rows")
+    q, a = (words[torch.randint(2000, (40, L), device="cuda")] for L in (300, 257))
     check_sums(q, a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_many_rows_on_a_common_offset(dtype):
+    q, a = (torch.randn(1, L, 50, device="cuda") + 100 for L in (100, 4096))
+    check_attention(q.to(dtype), a.to(dtype))
 
 
 def test_lengths_that_are_wrong_are_cut_to_what_is_possible():

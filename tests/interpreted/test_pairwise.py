@@ -17,7 +17,7 @@ from pairwise_contract import (
 
 from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums, triton_ops
 from gatematch.attention import reference as exact
-from gatematch.kernels import distance
+from gatematch.kernels import distance, pairwise_stream
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -110,7 +110,7 @@ def test_any_shape_stride_and_length(data):
     q = data.draw(layouts("q"))(q + 1e-3 * torch.randn_like(q) * torch.randint(0, 2, (B, Q, 1)))
     a, v = data.draw(layouts("a"))(a), data.draw(layouts("v"))(torch.randn(B, A, V))
     lengths = [
-        torch.tensor(data.draw(st.lists(st.integers(0, most), min_size=B, max_size=B), letter))
+        torch.tensor(data.draw(st.lists(st.integers(0, most), min_size=2 * B, max_size=2 * B), letter))[::2]
         if given
         else None
         for letter, most in (("q_lengths", Q), ("a_lengths", A))
@@ -144,26 +144,109 @@ def test_nothing_to_compare(sizes):
     assert not any(x.grad.any() for x in (q, a, v))
 
 
-def test_two_runs_give_the_same_bits():
-    q, a = rows_at_distances(50, torch.float32)
-    v = torch.randn(2, a.shape[1], 33)
-    runs = []
-    for _ in range(2):
-        inputs = [x.clone().requires_grad_() for x in (q, a, v)]
-        S, O = pairwise_attention(*inputs[:2], impl="triton"), pairwise_attend(*inputs, impl="triton")
-        sums = pairwise_sums(*inputs[:2], impl="triton")
-        total = S.square().sum() + O.square().sum() + sum(x.square().sum() for x in sums)
-        runs.append([S, O, *sums, *torch.autograd.grad(total, inputs)])
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+@pytest.mark.parametrize("letters", ["q_lengths", "a_lengths"])
+def test_one_length_for_all(letters):
+    q, a = torch.randn(3, 9, 20), torch.randn(3, 8, 20)
+    shared = torch.tensor(5).expand(3)
+    got = pairwise_attention(q, a, **{letters: shared}, impl="triton")
+    assert torch.equal(got, pairwise_attention(q, a, **{letters: shared.clone()}, impl="triton"))
 
 
-def test_norms_that_overflow_and_rows_of_nan():
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("D", [7, 50])
+def test_programs_that_walk_many_tiles(D, with_lengths, monkeypatch):
+    monkeypatch.setattr(pairwise_stream, "_wanted", lambda device: 1)
+    words = torch.randn(40, D)
+    q, a = words[torch.randint(40, (2, 200))], words[torch.randint(40, (2, 170))]
+    v = torch.randn(2, 170, 9)
+    lengths = (torch.tensor([200, 131]), torch.tensor([64, 170])) if with_lengths else (None, None)
+    check_sums(q, a, lengths)
+    check_attend(q, a, v, lengths, "rows")
+
+
+def test_norms_that_overflow():
     q, a = torch.randn(1, 5, 20) * 1e20, torch.randn(1, 6, 20)
     a[0, 0] = q[0, 0]
-    q[0, 4] = torch.nan
     S = pairwise_attention(q, a, impl="triton")
-    assert S[0, 0, 0] == 1 and S[0, 4].isnan().all()
-    assert (S[0, :4, 1:] < 1e-18).all()
+    assert S[0, 0, 0] == 1
+    assert (S[0, :, 1:] < 1e-18).all()
+
+
+# That of the CPU, and those of CUDA's arithmetic.
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_nan_stays_in_its_rows(precision, bits):
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    q, a = rows_at_distances(50, torch.float32)
+    q[0, 4] = nan
+    clean = torch.arange(q.shape[1]) != 4
+    options = {"impl": "triton", "precision": precision}
+    S = pairwise_attention(q, a, **options)
+    O, (r, c) = pairwise_attend(q, a, a, **options), pairwise_sums(q, a, **options)
+    for x in (S[0], O[0], r[0]):
+        assert x[4].isnan().all() and not x[clean].isnan().any()
+    assert c[0].isnan().all()
+    assert not any(x[1].isnan().any() for x in (S, O, r, c))
+    # An upstream NaN, at a pair that is near (0, 0) or far.
+    q, a = rows_at_distances(50, torch.float32)
+    q.requires_grad_()
+    for column in (0, 30):
+        S = pairwise_attention(q, a, **options)
+        g = torch.ones_like(S)
+        g[0, 1, column] = nan
+        (dq,) = torch.autograd.grad(S, q, g)
+        assert dq[0, 1].isnan().all()
+        assert dq.isnan().sum() == q.shape[2]
+
+
+def test_gradients_too_large_for_float16_in_between():
+    q, a, v = (
+        (30 * torch.randn(1, 4, 300)).half(),
+        (30 * torch.randn(1, 1, 300)).half(),
+        torch.randn(1, 1, 8).half(),
+    )
+    v.requires_grad_()
+    O = pairwise_attend(q, a, v, "rows", impl="triton")
+    (dv,) = torch.autograd.grad(O, v, torch.full_like(O, 100))
+    assert torch.equal(dv, torch.full_like(v, 400))
+
+
+def test_streamed_near_pairs_stay_exact_in_tf32():
+    q = 1e3 * torch.randn(1, 64, 50)
+    a = q + 0.02 * torch.randn_like(q)
+    r, _ = pairwise_sums(q, a, impl="triton", precision="tf32")
+    want = exact.pairwise_sums_reference(q.double(), a.double())[0]
+    near_part = 1 / (1 + (q - a).double().norm(dim=2))
+    assert ((r - want).abs() < 2e-5 * near_part + 1e-3 * (want - near_part)).all()
+
+
+def test_compiled():
+    q, a = rows_at_distances(50, torch.float32)
+    v, lengths = torch.randn(2, a.shape[1], 9), torch.tensor([29, 7])
+    q.requires_grad_()
+
+    def function(q, a):
+        S = pairwise_attention(q, a, lengths, impl="triton")
+        O = pairwise_attend(q, a, v, "rows", q_lengths=lengths, impl="triton")
+        return S, O, *pairwise_sums(q, a, lengths, impl="triton")
+
+    got = torch.compile(function, backend="aot_eager", fullgraph=True)(q, a)
+    want = function(q, a)
+    g = [torch.randn_like(x) for x in want]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, q, g), torch.autograd.grad(want, q, g))
+
+
+def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
+    saves = []
+    op = triton_ops.attention_op
+    monkeypatch.setattr(triton_ops, "attention_op", lambda *args: saves.append(args[-1]) or op(*args))
+    q = torch.randn(1, 5, 20, requires_grad=True)
+    pairwise_attention(q, q, impl="triton")
+    with torch.no_grad():
+        pairwise_attention(q, q, impl="triton")
+    pairwise_attention(q.detach(), q.detach(), impl="triton")
+    assert saves == [True, False, False]
 
 
 def test_the_second_derivative_is_the_references():
