@@ -240,15 +240,15 @@ class PairwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, *lengths, R, centre = ctx.saved_tensors
+        q, a, q_lengths, a_lengths, R, centre = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> Tensor:
-                return pairwise_attention_reference(q, a, *lengths)
+                return pairwise_attention_reference(q, a, q_lengths, a_lengths)
 
             return *differentiable(reference, (q, a), (g,)), None, None, None
-        grads = attention_backward_op(q, a, R, centre, g, *lengths, ctx.precision, wanted)
+        grads = attention_backward_op(q, a, R, centre, g, q_lengths, a_lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 3)
 
 
@@ -272,15 +272,15 @@ class PairwiseAttend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, v, *lengths, O, r = ctx.saved_tensors
+        q, a, v, q_lengths, a_lengths, O, r = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor, v: Tensor) -> Tensor:
-                return pairwise_attend_reference(q, a, v, *lengths, ctx.normalize)
+                return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, ctx.normalize)
 
             return *differentiable(reference, (q, a, v), (g,)), None, None, None, None
-        grads = attend_backward_op(q, a, v, O, r, g, *lengths, ctx.precision, wanted)
+        grads = attend_backward_op(q, a, v, O, r, g, q_lengths, a_lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 4)
 
 
@@ -296,13 +296,13 @@ class PairwiseSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
-        q, a, *lengths = ctx.saved_tensors
+        q, a, q_lengths, a_lengths = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
 
             def reference(q: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-                return pairwise_sums_reference(q, a, *lengths)
+                return pairwise_sums_reference(q, a, q_lengths, a_lengths)
 
             return *differentiable(reference, (q, a), (g_rows, g_cols)), None, None, None
-        grads = sums_backward_op(q, a, g_rows, g_cols, *lengths, ctx.precision, wanted)
+        grads = sums_backward_op(q, a, g_rows, g_cols, q_lengths, a_lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 3)

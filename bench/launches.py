@@ -79,15 +79,14 @@ def _pairwise_fwd(sample: Sample) -> Launch:
 
 
 def _pairwise_bwd(sample: Sample) -> Launch:
-    q, a = sample.rows("Q"), sample.rows("A")
-    lengths = sample.lengths("Q"), sample.lengths("A")
-    S, R, centre = pairwise.attention_forward(q, a, *lengths, save=True)
+    q, a, precision = sample.rows("Q"), sample.rows("A"), sample.precision
+    ends = sample.lengths("Q"), sample.lengths("A")
+    S, R, centre = pairwise.attention_forward(q, a, *ends, save=True)
     assert R is not None
     g = torch.randn_like(S)
-    options = {"precision": sample.precision}
     return lambda: (
-        pairwise.attention_gradient(q, a, R, centre, g, *lengths, of_a=False, **options),
-        pairwise.attention_gradient(a, q, R, centre, g, *lengths[::-1], of_a=True, **options),
+        pairwise.attention_gradient(q, a, R, centre, g, *ends, of_a=False, precision=precision),
+        pairwise.attention_gradient(a, q, R, centre, g, *ends[::-1], of_a=True, precision=precision),
     )
 
 
