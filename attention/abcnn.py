@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_pair
+from .checks import check_dtype, check_pair, check_sizes, check_weighted
 from .modules import AttentionFeatures
-from .pooling import all_pool, attention_weights, check_sizes, mean_weights, window_pool, zero_past
+from .pooling import all_pool, attention_weights, mean_weights, window_pool, zero_past
 
 KINDS = ("bcnn", "abcnn1", "abcnn2", "abcnn3")
 VARIANTS = ("official", "paper")
@@ -148,6 +148,8 @@ class ABCNN(nn.Module):
             )
         if classes is not None:
             check_sizes(classes=classes)
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         self.features, self.length, self.channels, self.width = features, length, channels, width
         self.kind, self.variant = kind, variant
         self.embedding = embedding
@@ -241,11 +243,9 @@ class ABCNN(nn.Module):
                 raise ValueError(
                     f"{name} must have from 1 to length = {self.length} rows; got {rows.shape[-2]}"
                 )
-        weight = next(self.blocks.parameters())
-        if q.device != weight.device:
-            raise ValueError(f"q must be on the device of the weights, {weight.device}; got {q.device}")
-        if q.dtype != weight.dtype and not torch.is_autocast_enabled(q.device.type):
-            raise TypeError(f"q must have the dtype of the weights, {weight.dtype}; got {q.dtype}")
+        # Not from parameters(): a replica of DataParallel has none.
+        weight = cast(Tensor, self.blocks[0].weight)
+        check_weighted("q" if self.embedding is None else "embedding", q, weight)
         return unbatched
 
     def extra_repr(self) -> str:
@@ -256,17 +256,24 @@ class ABCNN(nn.Module):
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine over the last dimension, in float32 at least: squares overflow in float16.
+    """Cosine over the last dimension, in float32 at least, of vectors of any size.
 
-    0 beside a zero vector, whose gradient is bounded; that of torch's own grows to 1e8 there, and the all-ap
-    of a sentence without words is such a vector as long as the biases are 0.
+    0 beside a zero vector, whose derivatives are bounded; those of torch's own grow to 1e8 there, and the
+    all-ap of a sentence without words is such a vector as long as the biases are 0.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    units = []
-    for vector in (x.to(dtype), y.to(dtype)):
-        norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-        units.append(vector / norm.masked_fill(norm == 0, 1))
-    return torch.linalg.vecdot(*units)
+    cosine = (_unit(x) * _unit(y)).sum(-1)
+    # Rounding may go past 1; there a clamp alone would have no derivatives.
+    return cosine + (cosine.clamp(-1, 1) - cosine).detach()
+
+
+def _unit(vector: Tensor) -> Tensor:
+    vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
+    # Squares underflow and overflow. A unit vector does not depend on the scale, nor do its derivatives.
+    largest = vector.detach().abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    vector = vector / largest.masked_fill(zero, 1)
+    # The norm has no derivatives at a zero vector, so any other one's is taken there.
+    return vector / torch.linalg.vector_norm(vector.masked_fill(zero, 1), dim=-1, keepdim=True)
 
 
 def _check_ids(name: str, ids: Tensor, embedding: nn.Embedding) -> None:

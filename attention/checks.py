@@ -49,13 +49,40 @@ def check_rows(name: str, rows: Tensor, like: Tensor) -> None:
     if not (rows.is_cpu or rows.is_cuda):
         raise ValueError(f"{name} must be on a CPU or CUDA device; got {rows.device}")
     if rows is like:
-        if rows.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16; got {rows.dtype}")
+        check_dtype(name, rows.dtype)
         return
     if rows.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of q, {like.dtype}; got {rows.dtype}")
     if rows.device != like.device:
         raise ValueError(f"{name} must be on the device of q, {like.device}; got {rows.device}")
+
+
+def check_weighted(name: str, rows: Tensor, weight: Tensor) -> None:
+    """Rows that weights multiply are on their device, in their dtype; autocast unites all but float64."""
+    if rows.device != weight.device:
+        raise ValueError(f"{name} must be on the device of the weights, {weight.device}; got {rows.device}")
+    dtypes = {rows.dtype, weight.dtype}
+    if len(dtypes) > 1 and (torch.float64 in dtypes or not torch.is_autocast_enabled(rows.device.type)):
+        raise TypeError(f"{name} must have the dtype of the weights, {weight.dtype}; got {rows.dtype}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16; got {dtype}")
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
 
 
 def _check_lengths(name: str, lengths: Tensor, rows: Tensor, size: str) -> None:
@@ -75,12 +102,13 @@ def _check_lengths(name: str, lengths: Tensor, rows: Tensor, size: str) -> None:
         raise ValueError(f"{name} must be on the device of q, {rows.device}; got {lengths.device}")
     if torch.compiler.is_compiling() or not lengths.numel():
         return
-    # Looking at the values would make a device wait; there, wrong lengths are cut to what is possible.
-    if lengths.device.type != "cpu":
-        if os.environ.get("GATEMATCH_DEBUG") == "1":
-            torch._assert_async(((lengths >= 0) & (lengths <= rows.shape[1])).all())
-    else:
-        low, high = int(lengths.min()), int(lengths.max())
+    # torch has no order of its wider unsigned integers, hence long(). Looking at the values would make a
+    # device wait; there, wrong lengths are cut to what is possible.
+    if lengths.device.type == "cpu":
+        low, high = map(int, lengths.long().aminmax())
         if low < 0 or high > rows.shape[1]:
             wrong = low if low < 0 else high
             raise ValueError(f"{name} must lie between 0 and {size} = {rows.shape[1]}; got {wrong}")
+    elif os.environ.get("GATEMATCH_DEBUG") == "1":
+        values = lengths.long()
+        torch._assert_async(((values >= 0) & (values <= rows.shape[1])).all())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .checks import check_dtype, check_flags, check_sizes, check_weighted
 from .functional import pairwise_attention
-from .pooling import check_flags, check_sizes
 
 
 class PairwiseAttention(nn.Module):
@@ -33,7 +33,7 @@ class AttentionFeatures(nn.Module):
     Args:
         length: the longest sentence, in rows; shorter ones use the first columns of the weights.
         features: width of the feature maps, D for channels of the width of the sentences.
-        shared: one weight for both sides (W0 = W1), as in the authors' code.
+        shared: one weight for both sides (W0 = W1), as in the authors' code: `weight_q`; `weight_a` is None.
         device, dtype: of the weights.
 
     Shapes: q (B, Q, D), a (B, A, D) with Q, A <= length -> F_q (B, Q, features), F_a (B, A, features);
@@ -51,12 +51,15 @@ class AttentionFeatures(nn.Module):
         super().__init__()
         check_sizes(length=length, features=features)
         check_flags(shared=shared)
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         self.length = length
         self.features = features
         self.shared = shared
         self.weight_q = nn.Parameter(torch.empty(features, length, device=device, dtype=dtype))
         if shared:
-            self.weight_a = self.weight_q
+            # One parameter under two names would be two after to_empty() or load_state_dict(assign=True).
+            self.register_parameter("weight_a", None)
         else:
             self.weight_a = nn.Parameter(torch.empty(features, length, device=device, dtype=dtype))
         self.reset_parameters()
@@ -76,14 +79,9 @@ class AttentionFeatures(nn.Module):
                 raise ValueError(
                     f"{name} must have at most length = {self.length} rows; got {rows.shape[-2]}"
                 )
-        weight = self.weight_q
-        if q.device != weight.device:
-            raise ValueError(f"q must be on the device of the weights, {weight.device}; got {q.device}")
-        if q.dtype != weight.dtype and not torch.is_autocast_enabled(q.device.type):
-            raise TypeError(f"q must have the dtype of the weights, {weight.dtype}; got {q.dtype}")
-        F_q = S @ weight[:, : a.shape[-2]].mT
-        F_a = S.mT @ self.weight_a[:, : q.shape[-2]].mT
-        return F_q, F_a
+        check_weighted("q", q, self.weight_q)
+        weight_a = self.weight_q if self.shared else self.weight_a
+        return S @ self.weight_q[:, : a.shape[-2]].mT, S.mT @ weight_a[:, : q.shape[-2]].mT
 
     def extra_repr(self) -> str:
         return f"{self.length}, {self.features}" + (", shared=True" if self.shared else "")

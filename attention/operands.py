@@ -49,7 +49,7 @@ def _full_precision(device_type: str, backend: Any) -> Iterator[None]:
 
 def padding(rows: Tensor, lengths: Tensor) -> Tensor:
     """Boolean (B, L): which of the rows (B, L, D) lie past their sequence's length."""
-    return torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]
+    return torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None].long()
 
 
 class Operands:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_pair
+from .checks import check_flags, check_pair, check_sizes
 from .functional import pairwise_sums
 
 
@@ -21,6 +21,8 @@ def attention_pool(
     a_lengths: Tensor | None = None,
     *,
     normalize: bool = False,
+    impl: str = "auto",
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """ABCNN-2's pooling: sums over windows of rows, each row weighted by all of its attention.
 
@@ -38,6 +40,7 @@ def attention_pool(
             them give 0, and what lies there does not matter.
         a_lengths: the same for a.
         normalize: divide the weights of a sentence by their sum, as the authors' code does.
+        impl, precision: as for :func:`pairwise_attention`.
 
     Returns:
         P_q (B, Q - width + 1, D) and P_a (B, A - width + 1, D), in the dtype of q.
@@ -53,29 +56,38 @@ def attention_pool(
             raise ValueError(f"{name} must have at least width = {width} rows; got {rows.shape[-2]}")
     if unbatched:
         q, a = q[None], a[None]
+    # Small integer types could not hold a length less the width.
+    q_lengths, a_lengths = (None if n is None else n.long() for n in (q_lengths, a_lengths))
     q, a = zero_past(q, q_lengths), zero_past(a, a_lengths)
-    weights = attention_weights(q, a, q_lengths, a_lengths, normalize)
+    weights = attention_weights(q, a, q_lengths, a_lengths, normalize, impl, precision)
     P_q, P_a = (
-        zero_past(window_pool(rows, width, w), None if lengths is None else lengths.long() - width + 1)
+        zero_past(window_pool(rows, width, w), None if lengths is None else lengths - width + 1)
         for rows, w, lengths in zip((q, a), weights, (q_lengths, a_lengths), strict=True)
     )
     return (P_q[0], P_a[0]) if unbatched else (P_q, P_a)
 
 
 def attention_weights(
-    q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None, normalize: bool
+    q: Tensor,
+    a: Tensor,
+    q_lengths: Tensor | None,
+    a_lengths: Tensor | None,
+    normalize: bool,
+    impl: str = "auto",
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """Row and column sums of the attention of q and a, (B, Q) and (B, A); `normalize`: with the sum 1."""
-    r, c = pairwise_sums(q, a, q_lengths, a_lengths)
+    r, c = pairwise_sums(q, a, q_lengths, a_lengths, impl=impl, precision=precision)
     if normalize:
         r, c = _shares(r), _shares(c)
     return r, c
 
 
 def _shares(weights: Tensor) -> Tensor:
-    total = weights.sum(1, keepdim=True)
+    # The sum of all scores of a pair is too large for float16 from about 300 words a sentence.
+    total = weights.sum(1, keepdim=True, dtype=torch.promote_types(weights.dtype, torch.float32))
     # A pair without any words keeps its weights 0; 0 / 0 would be NaN.
-    return weights / total.masked_fill(total == 0, 1)
+    return (weights / total.masked_fill(total == 0, 1)).to(weights.dtype)
 
 
 def window_pool(rows: Tensor, width: int, weights: Tensor | None = None) -> Tensor:
@@ -106,17 +118,3 @@ def past(rows: Tensor, lengths: Tensor) -> Tensor:
 def zero_past(rows: Tensor, lengths: Tensor | None) -> Tensor:
     """The rows with zeros past the lengths, whatever lay there."""
     return rows if lengths is None else rows.masked_fill(past(rows, lengths)[..., None], 0)
-
-
-def check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-
-
-def check_flags(**flags: bool) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool; got {type(value).__name__}")

@@ -30,9 +30,9 @@ def valid_pairs(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tenso
     """Boolean (B, Q, A): whether row i of q and row j of a both lie within their sequences' lengths."""
     valid = torch.ones(q.shape[0], q.shape[1], a.shape[1], dtype=torch.bool, device=q.device)
     if q_lengths is not None:
-        valid = valid & (torch.arange(q.shape[1], device=q.device) < q_lengths[:, None])[:, :, None]
+        valid = valid & (torch.arange(q.shape[1], device=q.device) < q_lengths[:, None].long())[:, :, None]
     if a_lengths is not None:
-        valid = valid & (torch.arange(a.shape[1], device=a.device) < a_lengths[:, None])[:, None, :]
+        valid = valid & (torch.arange(a.shape[1], device=a.device) < a_lengths[:, None].long())[:, None, :]
     return valid
 
 
@@ -58,7 +58,8 @@ def pairwise_attend_reference(
     """``S @ v`` (B, Q, V); ``normalize="rows"`` divides row i by ``sum_j S[b, i, j]`` (0 / 0 is 0)."""
     S = pairwise_attention_reference(q, a, q_lengths, a_lengths)
     if a_lengths is not None:
-        v = torch.where((torch.arange(a.shape[1], device=a.device) < a_lengths[:, None])[..., None], v, 0.0)
+        real = torch.arange(a.shape[1], device=a.device) < a_lengths[:, None].long()
+        v = torch.where(real[..., None], v, 0.0)
     O = S @ v
     if normalize == "rows":
         r = S.sum(2, keepdim=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .answers.report import RANKERS, models_table
+from .answers.report import RANKERS, Run, models_table
 from .results import read_results
 
 # The peer that each half is held against: what its users call today.
@@ -14,20 +14,26 @@ _RIVALS = ("torch.nn.LSTM", "torch.nn.LSTMCell", "cdist, fast mode")
 
 def markdown(*paths: Path) -> str:
     """The table of a results file, or of several of `answers`, and a line for each that says where from."""
-    results = [read_results(path) for path in paths]
-    try:
-        if len(results) > 1:
-            table = models_table(results)
-        else:
-            table = _of_one(paths[0], results[0]["rows"])
-        return f"{table}\n\n{_sources([result['meta'] for result in results])}"
-    except (KeyError, TypeError, IndexError) as error:
-        names = ", ".join(map(str, paths))
-        raise ValueError(f"results file {names} lacks what a table needs: {error}") from None
+    runs: dict[Path, Run] = {}
+    commands: dict[str, list[str]] = {}
+    for path in paths:
+        results = read_results(path)
+        try:
+            if len(paths) == 1:
+                table = _of_one(path, results["rows"])
+            else:
+                runs[path] = _run(path, results["rows"])
+            where, command = _source(results["meta"])
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"results file {path} lacks what a table needs: {error}") from None
+        commands.setdefault(where, []).append(f"`{command}`")
+    if runs:
+        table = models_table(runs)
+    return "\n".join([table, "", *(f"{where}: {', '.join(run)}" for where, run in commands.items())])
 
 
 def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
-    if any(row["case"].startswith("answers/") for row in rows):
+    if _are_answers(rows):
         return _answers({row["case"]: row for row in rows})
     if all("peers" in row for row in rows):
         return _speed(rows)
@@ -38,16 +44,23 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _sources(metas: list[dict[str, Any]]) -> str:
-    """Machine, versions and commit, each followed by the commands that were run there."""
-    commands: dict[str, list[str]] = {}
-    for meta in metas:
-        where = (
-            f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
-            f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}"
-        )
-        commands.setdefault(where, []).append(f"`{meta['command']}`")
-    return "\n".join(f"{where}: {', '.join(run)}" for where, run in commands.items())
+def _run(path: Path, rows: list[dict[str, Any]]) -> Run:
+    if not _are_answers(rows):
+        raise ValueError(f"results file {path} must come from answers, as only these share a table")
+    return Run.of(rows)
+
+
+def _are_answers(rows: list[dict[str, Any]]) -> bool:
+    return any(row["case"].startswith("answers/") for row in rows)
+
+
+def _source(meta: dict[str, Any]) -> tuple[str, str]:
+    """Machine, versions, commit and day; and the command that was run there."""
+    where = (
+        f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
+        f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}"
+    )
+    return where, meta["command"]
 
 
 def _answers(cases: dict[str, Any]) -> str:

@@ -116,9 +116,15 @@ def read_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"results file {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"results file {path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"results file {path} is not JSON: {error}") from None
     rows = results.get("rows") if isinstance(results, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "case" in row for row in rows):
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(row, dict) and "case" in row for row in rows)
+    ):
         raise ValueError(f'results file {path} must hold {{"meta": ..., "rows": [{{"case": ...}}, ...]}}')
     return results

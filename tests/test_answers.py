@@ -32,7 +32,7 @@ from gatematch.bench.answers.metrics import evaluate
 from gatematch.bench.answers.model import MatcherSettings, Settings, ours, peer
 from gatematch.bench.answers.models import TITLES, Build, builders
 from gatematch.bench.answers.overlap import Blend, overlap_features
-from gatematch.bench.answers.report import models_table, result_rows
+from gatematch.bench.answers.report import Run, models_table, result_rows
 from gatematch.bench.answers.text import MAX_LENGTH, UNKNOWN, Vocabulary, identity, tokenize
 from gatematch.bench.answers.tsv import tsv
 from gatematch.bench.plots import draw
@@ -539,22 +539,39 @@ def test_the_table_of_models_has_a_line_a_file(toy: Dataset) -> None:
         for run in trainers.values():
             run.epoch()
         rows = result_rows(toy, Vocabulary(toy.train_texts), trainers["ours"].encoder, trainers)
-        results.append({"rows": rows})
-    lines = models_table(results).split("\n")
+        results.append(rows)
+
+    def table() -> list[str]:
+        return models_table({Path(f"{n}.json"): Run.of(rows) for n, rows in enumerate(results)}).split("\n")
+
+    lines = table()
     titles = ["model", "random order", "BM25", "LSTM + attention", "BCNN", "ABCNN-3, seed 2"]
     assert [line.split(" | ")[0][2:] for line in (lines[0], *lines[2:])] == titles
     assert {line.count("|") for line in lines} == {6}
-    found = {row["case"]: row for row in results[1]["rows"]}
+    found = {row["case"]: row for row in results[1]}
     alone, blended = found["answers/model"], found["answers/model+overlap"]
     assert f"| {alone['map']:.3f} ± {alone['map_error']:.3f} | {alone['mrr']:.3f} |" in lines[5]
     assert lines[5].endswith(f" | {blended['map']:.3f} ± {blended['map_error']:.3f} |")
-    del results[0]["rows"][3]["model"]  # as before there was a choice
-    assert models_table(results).split("\n") == lines
-    results[1]["rows"][0] |= {"name": "toy", "test": 3}
-    for other in results[::2]:
-        other["rows"][0] |= {"name": "toy", "test": 2}
-    with pytest.raises(ValueError, match="got 2 test questions of toy and 3 test"):
-        models_table(results)
+    del results[0][3]["model"]  # as before there was a choice
+    assert table() == lines
+    assert results[0][0]["fingerprint"] == toy.fingerprint
+
+    # Other questions, as many: told by the fingerprint, and without it by what the baselines score.
+    results[2][0]["fingerprint"] = "toy.tsv 0123"
+    with pytest.raises(ValueError, match=r"same test questions; 0\.json has .* 2\.json .* of toy\.tsv 0123"):
+        table()
+    del results[0][0]["fingerprint"]
+    with pytest.raises(ValueError, match=r"1\.json has .* 2\.json"):
+        table()
+    del results[2][0]["fingerprint"]
+    assert table() == lines
+    results[2][2]["mrr"] += 0.01
+    with pytest.raises(ValueError, match=r"0\.json has .* 2\.json"):
+        table()
+    results[2][2]["mrr"] -= 0.01
+    results[1][0] |= {"name": "toy", "test": 3}
+    with pytest.raises(ValueError, match=r"0\.json has .*, 1\.json 3 test questions of toy"):
+        table()
 
 
 def test_ctrl_c_keeps_finished_epochs_and_resume_gives_the_same_numbers(

@@ -421,6 +421,28 @@ def test_modules():
     torch.testing.assert_close(features(q[0], a[0])[0], features(q[:1], a[:1])[0][0])
 
 
+def test_a_shared_weight_stays_one():
+    q, a = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
+    shared = AttentionFeatures(8, 4, shared=True)
+    assert list(shared.state_dict()) == ["weight_q"]
+    both = AttentionFeatures(8, 4)
+    both.load_state_dict(dict.fromkeys(("weight_q", "weight_a"), shared.weight_q))
+    torch.testing.assert_close(shared(q, a), both(q, a))
+
+    empty = AttentionFeatures(8, 4, shared=True, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in empty.parameters():
+            parameter.fill_(math.nan)
+    empty.reset_parameters()
+    assert all(rows.isfinite().all() for rows in empty(q, a))
+    assigned = AttentionFeatures(8, 4, shared=True, device="meta")
+    assigned.load_state_dict(shared.state_dict(), assign=True)
+    for module in (empty, assigned):
+        assert len(list(module.parameters())) == 1
+        sum(rows.sum() for rows in module(q, a)).backward()
+    torch.testing.assert_close(assigned(q, a), shared(q, a))
+
+
 def test_sums_of_the_reference():
     q, a = torch.randn(2, 3, 4).double(), torch.randn(2, 5, 4).double()
     S = exact(q, a)
@@ -523,6 +545,12 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
             lambda: pairwise_attention(q0[..., :0], a0[..., :0]),
             ValueError,
             "q must have at least one",
+        ),
+        (lambda: AttentionFeatures(4, 4, dtype=torch.int8), TypeError, "dtype must be .*; got torch.int8"),
+        (
+            lambda: pairwise_attention(q0, a0, torch.tensor([3, 4], dtype=torch.uint16)),
+            ValueError,
+            "q_lengths must lie between 0 and Q = 3; got 4",
         ),
         (lambda: AttentionFeatures(4, 4.0), TypeError, "features must be an int; got float"),
     ],

@@ -184,6 +184,13 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
     wrong_rows.write_text('{"meta": {}, "rows": [1]}')
     no_peers = tmp_path / "check.json"
     no_peers.write_text('{"meta": {}, "rows": [{"case": "lstm/LSTM"}]}')
+    empty = tmp_path / "empty.json"
+    empty.write_text('{"meta": {}, "rows": []}')
+    half = tmp_path / "half.json"
+    half.write_text('{"meta": {}, "rows": [{"case": "answers/data"}]}')
+    no_scores = tmp_path / "scores.json"
+    whole = Path(__file__).parent.parent / "bench" / "results" / "cpu" / "answers.json"
+    no_scores.write_text(whole.read_text().replace('"mrr"', '"other"', 2))
     no_ours = tmp_path / "speed.json"
     no_ours.write_text(
         '{"meta": {}, "rows": [{"case": "lstm/x", "peers": {}}, {"case": "lstm/x", "peers": {}}]}'
@@ -198,7 +205,14 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         (("plot", wrong_rows), "must hold"),
         (("plot", no_peers), "must come from answers or speed"),
         (("plot", no_ours), "lacks what a picture needs"),
-        (("table", no_peers), "must come from answers or speed"),
+        (("table", no_peers), "must come from answers, speed or kernels"),
+        (("table", whole, no_peers), f"results file {no_peers} must come from answers"),
+        (("table", no_ours, whole), f"results file {no_ours} must come from answers"),
+        (("table", whole, half), f"results file {half} lacks what a table needs"),
+        (("table", whole, no_scores), f"results file {no_scores} lacks what a table needs: 'mrr'"),
+        (("table", empty), f"results file {empty} must hold"),
+        (("plot", empty), f"results file {empty} must hold"),
+        (("table", tmp_path), f"results file {tmp_path} cannot be read: Is a directory"),
         (("table", no_ours), "lacks what a table needs"),
         (("check", "--device", "meta"), "only cpu and cuda"),
         (("check", "--json", tmp_path), "--json must be a file; got the folder"),

@@ -7,7 +7,9 @@ split holds an answer that the model was trained on (it could tell wrong answers
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,6 +66,14 @@ class Dataset:
         """Every distinct candidate of every split: the collection that a search engine would index."""
         lists = (*self.train, *self.dev, *self.test)
         return distinct(text for item in lists for text in item.candidates)
+
+    @property
+    def fingerprint(self) -> str:
+        """The name and a hash of the lists."""
+        lists = [
+            [item.question, item.candidates, item.labels] for item in (*self.train, *self.dev, *self.test)
+        ]
+        return f"{self.name} {hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]}"
 
 
 @dataclass

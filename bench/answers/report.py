@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,6 +28,7 @@ RANKERS = {
     "model": "model alone",
     "model+overlap": "model + overlap features",
 }
+_BASELINES = ("random", "bm25")
 _BUILT_FROM = {"ours": "gatematch", "peer": "torch.nn.LSTM + cdist"}
 _SHOWN_WORDS = (6, 14)  # a heat map with fewer words shows nothing, with more cannot be read
 
@@ -58,6 +61,7 @@ def result_rows(
         {
             "case": "answers/data",
             "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
             **dataset.counts,
             "train": len(dataset.train),
             "dev": len(dataset.dev),
@@ -126,7 +130,8 @@ def print_report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The tables of a results file's rows."""
     cases = {row["case"]: row for row in rows}
     data = cases["answers/data"]
-    counts = ", ".join(f"{value} {key}" for key, value in data.items() if key not in ("case", "name"))
+    texts = ("case", "name", "fingerprint")
+    counts = ", ".join(f"{value} {key}" for key, value in data.items() if key not in texts)
     console.print(f"{data['name']}: {counts}", highlight=False)
 
     table = Table(title=f"Ranking the answers of {data['test']} test questions")
@@ -154,32 +159,65 @@ def print_report(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print(f"torch's time over ours: {time['ratio']:.2f}", highlight=False)
 
 
-def models_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of several results files of `answers`, read: a line each, the baselines once.
+@dataclass(frozen=True)
+class Run:
+    """What the table of models takes from one results file of `answers`."""
+
+    data: str
+    test: int
+    fingerprint: str | None  # of the data; files of before it was written have none
+    scores: tuple[tuple[float, float], ...]  # MAP and MRR of the baselines
+    baselines: tuple[str, ...]
+    line: str
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Run:
+        """Of the rows of a file, which raise KeyError when they are not those of a whole run."""
+        cases = {row["case"]: row for row in rows}
+        data, row, settings = cases["answers/data"], cases["answers/model"], cases["answers/time"]["settings"]
+        title = TITLES[row.get("model", "lstm")]  # files of before there was a choice
+        if settings["seed"]:
+            title += f", seed {settings['seed']}"
+        baselines = {name: cases[f"answers/{name}"] for name in _BASELINES}
+        return cls(
+            data["name"],
+            data["test"],
+            data.get("fingerprint"),
+            tuple((row["map"], row["mrr"]) for row in baselines.values()),
+            tuple(f"| {RANKERS[name]} | {_measures(row)} | |" for name, row in baselines.items()),
+            f"| {title} | {_measures(row)} | {_mean_precision(cases['answers/model+overlap'])} |",
+        )
+
+    def same_questions(self, other: Run) -> bool:
+        """By the fingerprints, or else by all that tells: the sizes, and what the baselines score."""
+        if self.fingerprint and other.fingerprint:
+            return self.fingerprint == other.fingerprint
+        return (self.data, self.test, self.scores) == (other.data, other.test, other.scores)
+
+    def __str__(self) -> str:
+        scores = ", ".join(
+            f"{RANKERS[name]} {score:.4f}" for name, (score, _) in zip(_BASELINES, self.scores, strict=True)
+        )
+        return f"{self.test} test questions of {self.fingerprint or self.data} (MAP of {scores})"
+
+
+def models_table(runs: Mapping[Path, Run]) -> str:
+    """A Markdown table of several results files of `answers`: a line each, the baselines once.
 
     Raises:
-        ValueError: the files do not hold the same test questions, so their lines could not be compared.
-        KeyError: a file is not one of a whole `answers` run.
+        ValueError: two files do not hold the same test questions, so their lines could not be compared.
     """
+    for (path, run), (other_path, other) in combinations(runs.items(), 2):
+        if not run.same_questions(other):
+            raise ValueError(
+                f"results files must be of the same test questions; {path} has {run}, {other_path} {other}"
+            )
     lines = [
         "| model | MAP | MRR | accuracy at 1 | MAP with overlap features |",
         "|---|---|---|---|---|",
     ]
-    files = [{row["case"]: row for row in result["rows"]} for result in results]
-    data = [(cases["answers/data"]["name"], cases["answers/data"]["test"]) for cases in files]
-    if len(set(data)) > 1:
-        found = " and ".join(f"{test} test questions of {name}" for name, test in dict.fromkeys(data))
-        raise ValueError(f"results files must be of the same test questions; got {found}")
-    for name in ("random", "bm25"):
-        lines.append(f"| {RANKERS[name]} | {_measures(files[0][f'answers/{name}'])} | |")
-    for cases in files:
-        row, settings = cases["answers/model"], cases["answers/time"]["settings"]
-        title = TITLES[row.get("model", "lstm")]  # files of before there was a choice
-        if settings["seed"]:
-            title += f", seed {settings['seed']}"
-        blended = cases["answers/model+overlap"]
-        lines.append(f"| {title} | {_measures(row)} | {_mean_precision(blended)} |")
-    return "\n".join(lines)
+    lines += next(iter(runs.values())).baselines
+    return "\n".join([*lines, *(run.line for run in runs.values())])
 
 
 def _measures(row: Mapping[str, Any]) -> str:

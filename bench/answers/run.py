@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -60,7 +58,7 @@ def run(options: Options, settings: Settings, console: Console) -> list[dict[str
         for name, build in builders(settings).items()
     }
     checkpoint, results = options.out / "checkpoint.pt", options.json or options.out / "results.json"
-    belongs_to = settings.as_dict() | {"data": _fingerprint(dataset)}
+    belongs_to = settings.as_dict() | {"data": dataset.fingerprint}
     if options.resume:
         load_checkpoint(checkpoint, belongs_to, trainers)
     writable("checkpoint in --out", checkpoint)
@@ -130,13 +128,3 @@ def _resuming() -> str:
     """This command with --resume. The installed script may not be on PATH (after `make bench`, say)."""
     given = [argument for argument in sys.argv[1:] if argument != "--resume"]
     return shlex.join([sys.executable, "-m", "gatematch.bench", *given, "--resume"])
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    """The data set's name and a hash of its lists."""
-    lists = [
-        [item.question, item.candidates, item.labels]
-        for item in (*dataset.train, *dataset.dev, *dataset.test)
-    ]
-    digest = hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
-    return f"{dataset.name} {digest}"
