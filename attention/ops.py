@@ -24,11 +24,12 @@ def differentiable(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: tuple[Tensor, ...],
     upstream: tuple[Tensor, ...],
+    *constants: Any,
 ) -> Grads:
-    """Gradients of `function` at `inputs` that can be differentiated again."""
+    """Gradients of `function(*inputs, *constants)` w.r.t. the inputs that can be differentiated again."""
     # Fresh aliases: one input may have been computed from another, and only the direct dependence counts.
     inputs = tuple(tensor.view_as(tensor) for tensor in inputs)
-    outputs = function(*inputs)
+    outputs = function(*inputs, *constants)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     grads = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
@@ -81,11 +82,8 @@ class PairwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Grads:
         q, a, q_lengths, a_lengths, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-
-            def reference(q: Tensor, a: Tensor) -> Tensor:
-                return pairwise_attention_reference(q, a, q_lengths, a_lengths)
-
-            return *differentiable(reference, (q, a), (g,)), None, None
+            grads = differentiable(pairwise_attention_reference, (q, a), (g,), q_lengths, a_lengths)
+            return *grads, None, None
         with full_precision(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             if ctx.kept is None:
@@ -120,11 +118,10 @@ class PairwiseAttend(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Grads:
         q, a, v, q_lengths, a_lengths, *normalized = ctx.saved_tensors
         if torch.is_grad_enabled():
-
-            def reference(q: Tensor, a: Tensor, v: Tensor) -> Tensor:
-                return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, ctx.normalize)
-
-            return *differentiable(reference, (q, a, v), (g,)), None, None, None
+            grads = differentiable(
+                pairwise_attend_reference, (q, a, v), (g,), q_lengths, a_lengths, ctx.normalize
+            )
+            return *grads, None, None, None
         x = _operands(ctx, q, a, q_lengths, a_lengths)
         g, values = g.to(x.q.dtype), _values(x, v)
         grad_v = torch.zeros_like(values)
@@ -161,11 +158,8 @@ class PairwiseSums(torch.autograd.Function):
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
         q, a, q_lengths, a_lengths = ctx.saved_tensors
         if torch.is_grad_enabled():
-
-            def reference(q: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-                return pairwise_sums_reference(q, a, q_lengths, a_lengths)
-
-            return *differentiable(reference, (q, a), (g_rows, g_cols)), None, None
+            grads = differentiable(pairwise_sums_reference, (q, a), (g_rows, g_cols), q_lengths, a_lengths)
+            return *grads, None, None
         x = _operands(ctx, q, a, q_lengths, a_lengths)
         g_rows, g_cols = g_rows.to(x.q.dtype), g_cols.to(x.q.dtype)
 

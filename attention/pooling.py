@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import check_flags, check_pair, check_sizes
 from .functional import pairwise_sums
+from .operands import padding
 
 
 def attention_pool(
@@ -106,15 +107,10 @@ def mean_weights(rows: Tensor, lengths: Tensor | None) -> Tensor:
     """The weights that make a sum the mean over the real rows, (B, T); without any real row they are 0."""
     if lengths is None:
         return rows.new_full(rows.shape[:2], 1 / rows.shape[1])
-    real = (~past(rows, lengths)).to(rows.dtype)
+    real = (~padding(rows, lengths)).to(rows.dtype)
     return real / real.sum(1, keepdim=True).clamp(min=1)
-
-
-def past(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Boolean (B, T): which rows lie past the lengths."""
-    return torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]
 
 
 def zero_past(rows: Tensor, lengths: Tensor | None) -> Tensor:
     """The rows with zeros past the lengths, whatever lay there."""
-    return rows if lengths is None else rows.masked_fill(past(rows, lengths)[..., None], 0)
+    return rows if lengths is None else rows.masked_fill(padding(rows, lengths)[..., None], 0)

@@ -27,6 +27,13 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
 
 
+def _fake_gradients(inputs: tuple[Tensor, ...], wanted: list[bool]) -> Any:
+    """The shapes of what a backward op returns."""
+    return tuple(
+        _or_empty(x.new_empty(x.shape) if want else None, x) for x, want in zip(inputs, wanted, strict=True)
+    )
+
+
 @custom_op("gatematch::pairwise_attention", mutates_args=())
 def attention_op(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, precision: str, save: bool
@@ -82,9 +89,7 @@ def _(
     precision: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return tuple(  # type: ignore[return-value]
-        _or_empty(x.new_empty(x.shape) if want else None, x) for x, want in zip((q, a), wanted, strict=True)
-    )
+    return _fake_gradients((q, a), wanted)
 
 
 @custom_op("gatematch::pairwise_attend", mutates_args=())
@@ -158,10 +163,7 @@ def _(
     precision: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(  # type: ignore[return-value]
-        _or_empty(x.new_empty(x.shape) if want else None, x)
-        for x, want in zip((q, a, v), wanted, strict=True)
-    )
+    return _fake_gradients((q, a, v), wanted)
 
 
 @custom_op("gatematch::pairwise_sums", mutates_args=())
@@ -208,12 +210,10 @@ def _(
     precision: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return tuple(  # type: ignore[return-value]
-        _or_empty(x.new_empty(x.shape) if want else None, x) for x, want in zip((q, a), wanted, strict=True)
-    )
+    return _fake_gradients((q, a), wanted)
 
 
-def _grads(grads: tuple[Tensor, ...], wanted: list[bool], others: int) -> Grads:
+def _grads(grads: Grads, wanted: list[bool], others: int) -> Grads:
     """What a backward returns: the gradients that were wanted, and None for `others` more inputs."""
     return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * others)
 
@@ -243,12 +243,9 @@ class PairwiseAttention(torch.autograd.Function):
         q, a, q_lengths, a_lengths, R, centre = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
-
-            def reference(q: Tensor, a: Tensor) -> Tensor:
-                return pairwise_attention_reference(q, a, q_lengths, a_lengths)
-
-            return *differentiable(reference, (q, a), (g,)), None, None, None
-        grads = attention_backward_op(q, a, R, centre, g, q_lengths, a_lengths, ctx.precision, wanted)
+            grads = differentiable(pairwise_attention_reference, (q, a), (g,), q_lengths, a_lengths)
+        else:
+            grads = attention_backward_op(q, a, R, centre, g, q_lengths, a_lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 3)
 
 
@@ -275,12 +272,11 @@ class PairwiseAttend(torch.autograd.Function):
         q, a, v, q_lengths, a_lengths, O, r = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():
-
-            def reference(q: Tensor, a: Tensor, v: Tensor) -> Tensor:
-                return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, ctx.normalize)
-
-            return *differentiable(reference, (q, a, v), (g,)), None, None, None, None
-        grads = attend_backward_op(q, a, v, O, r, g, q_lengths, a_lengths, ctx.precision, wanted)
+            grads = differentiable(
+                pairwise_attend_reference, (q, a, v), (g,), q_lengths, a_lengths, ctx.normalize
+            )
+        else:
+            grads = attend_backward_op(q, a, v, O, r, g, q_lengths, a_lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 4)
 
 
@@ -299,10 +295,7 @@ class PairwiseSums(torch.autograd.Function):
         q, a, q_lengths, a_lengths = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
-
-            def reference(q: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-                return pairwise_sums_reference(q, a, q_lengths, a_lengths)
-
-            return *differentiable(reference, (q, a), (g_rows, g_cols)), None, None, None
-        grads = sums_backward_op(q, a, g_rows, g_cols, q_lengths, a_lengths, ctx.precision, wanted)
+            grads = differentiable(pairwise_sums_reference, (q, a), (g_rows, g_cols), q_lengths, a_lengths)
+        else:
+            grads = sums_backward_op(q, a, g_rows, g_cols, q_lengths, a_lengths, ctx.precision, wanted)
         return _grads(grads, wanted, 3)

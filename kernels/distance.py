@@ -20,7 +20,7 @@ rows is large beside their spread, it is subtracted from both sides.
 import triton
 import triton.language as tl
 
-# With c <= 11, the error left in float32 is 7e-7.
+# With c <= 11, as on the CPU, the error left in float32 is 7e-7; no tensor core's c has been measured.
 TAU = tl.constexpr(1 / 8)
 # Up to so many features every pair is computed from the difference.
 DIRECT = 8
@@ -181,6 +181,21 @@ def pick(words, counts, most, p, BLOCK_M: tl.constexpr):
 def slope(g, d):
     """k = g S² / d for g = dL/dS, so that dL/dx_i = sum_j k_ij (y_j - x_i); 0 where d = 0 (subgradient)."""
     return tl.where(d == 0.0, 0.0, g / (d * (1.0 + d) * (1.0 + d)))
+
+
+@triton.jit
+def add_by_feature(
+    total, s, x_ptr, y_ptr, in_x, in_y, k, D, step_x, step_y, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """total [BLOCK_M, len(k)] plus sum_j s_ij (y_j - x_i) for the slopes s of a tile, feature by feature."""
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    for f in range(0, D):
+        x = tl.load(x_ptr + i * step_x + f, in_x, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + j * step_y + f, in_y, other=0.0).to(tl.float32)
+        steps = tl.sum(s * (y[None, :] - x[:, None]), 1)
+        total += tl.where((k == f)[None, :], steps[:, None], 0.0)
+    return total
 
 
 @triton.jit

@@ -31,6 +31,13 @@ def width(itemsize: int, *steps: int) -> int:
     return min(step & -step, 16 // itemsize) if step else 16 // itemsize
 
 
+def layout(*tensors: Tensor, size: int = 0) -> tuple[int, list[int]]:
+    """The width of loads from tensors (B, L, size), and in its units the strides of batches and rows."""
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    vec = width(tensors[0].element_size(), size, *strides)
+    return vec, [stride // vec for stride in strides]
+
+
 def product_precision(dtype: torch.dtype, precision: str, arch: str) -> str:
     """What tl.dot is told; for 16-bit inputs, only where rows less their centre are multiplied."""
     if arch.startswith("gfx"):

@@ -30,6 +30,7 @@ from torch import Tensor
 from . import config
 from .distance import (
     DIRECT,
+    add_by_feature,
     add_to_rows,
     as_multiplied,
     centre_of,
@@ -44,7 +45,7 @@ from .distance import (
     slope,
     squares_by_feature,
 )
-from .launch import MAX_STRIDE, packed, product_precision, programs, rows, width
+from .launch import MAX_STRIDE, layout, packed, product_precision, programs, rows, width
 
 _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
 
@@ -204,11 +205,7 @@ def pairwise_bwd(
         s = tl.where(d < 0.0, 0.0, slope(g.to(tl.float32), d))
         y_at = y_ptr + j0 * stride_y
         if FEW:
-            for f in range(0, D):
-                x = tl.load(x_ptr + i * step_x + f, in_x, other=0.0).to(tl.float32)
-                y = tl.load(y_at + j * step_y + f, in_y, other=0.0).to(tl.float32)
-                steps = tl.sum(s * (y[None, :] - x[:, None]), 1)
-                total += tl.where((k == f)[None, :], steps[:, None], 0.0)
+            total = add_by_feature(total, s, x_ptr, y_at, in_x, in_y, k, D, step_x, step_y, BLOCK_M, BLOCK_N)
         else:
             y = tl.load(y_at + j[:, None] * step_y + k[None, :], in_y[:, None] & in_k[None, :], other=0.0)
             if y.dtype == tl.bfloat16:
@@ -283,14 +280,13 @@ def attention_forward(
     arch = config.architecture(q.device)
     tile = config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
     x, y = rows(q), rows(a)
-    vec_d = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
+    vec_d, strides = layout(x, y, size=D)
     vec_s = width(S.element_size(), A)
     grid = programs(B * triton.cdiv(Q, tile.blocks["BLOCK_M"]) * triton.cdiv(A, tile.blocks["BLOCK_N"]))
     with torch.cuda.device_of(q):
         pairwise_fwd[grid](
             x, y, packed(q_lengths), packed(a_lengths), S, R, centre,
-            Q, A, D // vec_d,
-            *(stride // vec_d for stride in (*x.stride()[:2], *y.stride()[:2])),
+            Q, A, D // vec_d, *strides,
             A // vec_s, 0 if R is None else R.stride(1) // 4,
             VEC_D=vec_d, VEC_S=vec_s, PREC=product_precision(q.dtype, precision, arch), FEW=D <= DIRECT,
             **tile.options,
@@ -319,16 +315,13 @@ def attention_gradient(
     tile = config.choose("pairwise_bwd", arch, x.dtype, {"Q": M, "A": N, "D": D})
     x, y = rows(x), rows(y)
     g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
-    vec_d = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
-    vec_g = width(g.element_size(), *g.stride()[:2])
+    vec_d, strides = layout(x, y, size=D)
+    vec_g, g_strides = layout(g)
     grid = programs(B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_K"]))
     with torch.cuda.device_of(x):
         pairwise_bwd[grid](
             x, y, packed(x_lengths), packed(y_lengths), R, g, centre, dx,
-            M, N, D // vec_d,
-            *(stride // vec_d for stride in (*x.stride()[:2], *y.stride()[:2])),
-            *(stride // 4 for stride in R.stride()[:2]),
-            *(stride // vec_g for stride in g.stride()[:2]),
+            M, N, D // vec_d, *strides, *(stride // 4 for stride in R.stride()[:2]), *g_strides,
             VEC_D=vec_d, VEC_G=vec_g, PREC=product_precision(x.dtype, precision, arch),
             FEW=D <= DIRECT, TRANSPOSED=of_a,
             **tile.options,

@@ -30,7 +30,7 @@ from .distance import (
     pick,
     squares_by_feature,
 )
-from .launch import packed, product_precision, programs, rows, width
+from .launch import layout, packed, product_precision, programs, rows
 
 ROWS = tl.constexpr(128)
 FEATURES = tl.constexpr(64)
@@ -154,16 +154,6 @@ class Side(NamedTuple):
     def pointers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return self.rows, self.lengths, self.copy, self.squares
 
-    def vec(self, other: "Side") -> int:
-        """VEC_D of this side and another."""
-        strides = (*self.rows.stride()[:2], *other.rows.stride()[:2])
-        return width(self.rows.element_size(), self.rows.shape[2], *strides)
-
-    def strides(self, other: "Side") -> list[int]:
-        """Those of the batch and the rows, of this side and of another, in units of VEC_D."""
-        strides = (*self.rows.stride()[:2], *other.rows.stride()[:2])
-        return [stride // self.vec(other) for stride in strides]
-
 
 def prepare(
     q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None, precision: str
@@ -184,12 +174,11 @@ def _side(x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | No
     squares = x.new_empty(B, length, dtype=torch.float32)
     arch = config.architecture(x.device)
     tile = config.choose("pairwise_prepare", arch, x.dtype, {"M": M, "D": D})
-    vec = width(x.element_size(), D, *x.stride()[:2], *y.stride()[:2])
+    vec, strides = layout(x, y, size=D)
     with torch.cuda.device_of(x):
         pairwise_prepare[programs(B * length // tile.blocks["BLOCK_M"])](
             x, y, x_lengths, y_lengths, copy, squares,
-            M, N, D // vec,
-            *(stride // vec for stride in (*x.stride()[:2], *y.stride()[:2])),
+            M, N, D // vec, *strides,
             VEC_D=vec, PREC=product_precision(x.dtype, precision, arch),
             **tile.options,
         )  # fmt: skip

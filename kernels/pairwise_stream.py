@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import config
 from .distance import DIRECT, as_multiplied, length_of
-from .launch import product_precision, programs, rows, width
+from .launch import layout, product_precision, programs, rows
 from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_scores
 
 _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
@@ -186,7 +186,8 @@ def attend_forward(
     arch = config.architecture(v.device)
     tile = config.choose("pairwise_stream_fwd", arch, v.dtype, {"M": M, "N": N, "D": D, "V": V})
     v = rows(v)
-    vec_v = width(v.element_size(), V, *v.stride()[:2])
+    vec_d, strides = layout(x.rows, y.rows, size=D)
+    vec_v, v_strides = layout(v, size=V)
     tiles = B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(V, tile.blocks["BLOCK_V"])
     splits = min(triton.cdiv(_wanted(v.device), tiles), triton.cdiv(N, tile.blocks["BLOCK_N"]))
     O = v.new_empty(splits, B, M, V, dtype=dtype if splits == 1 else torch.float32)
@@ -194,10 +195,9 @@ def attend_forward(
     with torch.cuda.device_of(v):
         pairwise_stream_fwd[programs(tiles * splits)](
             *x.pointers, *y.pointers, v, y_scale, O, r,
-            B, M, N, D // x.vec(y), V // vec_v, splits,
-            *x.strides(y), *(stride // vec_v for stride in v.stride()[:2]),
-            VEC_D=x.vec(y), VEC_V=vec_v, PREC=product_precision(v.dtype, precision, arch),
-            FEW=DIRECT >= D, NORMALIZE=normalize and splits == 1,
+            B, M, N, D // vec_d, V // vec_v, splits, *strides, *v_strides,
+            VEC_D=vec_d, VEC_V=vec_v, PREC=product_precision(v.dtype, precision, arch),
+            FEW=D <= DIRECT, NORMALIZE=normalize and splits == 1,
             **tile.options,
         )  # fmt: skip
     if splits == 1:
@@ -220,12 +220,13 @@ def sums_forward(x: Side, y: Side, *, precision: str = "float32") -> tuple[Tenso
     each = math.isqrt(triton.cdiv(_wanted(device), B) - 1) + 1
     splits_m = min(each, triton.cdiv(M, tile.blocks["BLOCK_M"]))
     splits_n = min(each, triton.cdiv(N, tile.blocks["BLOCK_N"]))
+    vec_d, strides = layout(x.rows, y.rows, size=D)
     r, c = x.squares.new_zeros(splits_n, B, M), x.squares.new_zeros(splits_m, B, N)
     with torch.cuda.device_of(r):
         pairwise_stream_sums[programs(B * splits_m * splits_n)](
             *x.pointers, *y.pointers, r, c,
-            B, M, N, D // x.vec(y), splits_m, splits_n, *x.strides(y),
-            VEC_D=x.vec(y), PREC=product_precision(dtype, precision, arch), FEW=DIRECT >= D,
+            B, M, N, D // vec_d, splits_m, splits_n, *strides,
+            VEC_D=vec_d, PREC=product_precision(dtype, precision, arch), FEW=D <= DIRECT,
             **tile.options,
         )  # fmt: skip
     return r.sum(0), c.sum(0)

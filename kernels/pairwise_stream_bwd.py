@@ -23,6 +23,7 @@ from torch import Tensor
 from . import config
 from .distance import (
     DIRECT,
+    add_by_feature,
     add_to_rows,
     as_multiplied,
     differences,
@@ -32,19 +33,10 @@ from .distance import (
     pick,
     slope,
 )
-from .launch import product_precision, programs, rows, width
+from .launch import layout, product_precision, programs, rows
 from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_distances
 
-_STRIDES = [
-    "stride_xb",
-    "stride_x",
-    "stride_yb",
-    "stride_y",
-    "stride_ub",
-    "stride_u",
-    "stride_vb",
-    "stride_v",
-]
+_STRIDES = [f"stride_{of}" for of in ("xb", "x", "yb", "y", "ub", "u", "vb", "v")]
 
 
 @triton.jit
@@ -139,11 +131,7 @@ def pairwise_stream_bwd(
         )  # fmt: skip
         s = tl.where(far, slope(P, d), 0.0)
         if FEW:
-            for f in range(0, D):
-                x = tl.load(x_ptr + i * step_x + f, in_x, other=0.0).to(tl.float32)
-                y = tl.load(y_at + j * step_y + f, in_y, other=0.0).to(tl.float32)
-                steps = tl.sum(s * (y[None, :] - x[:, None]), 1)
-                total += tl.where((k == f)[None, :], steps[:, None], 0.0)
+            total = add_by_feature(total, s, x_ptr, y_at, in_x, in_y, k, D, step_x, step_y, BLOCK_M, BLOCK_N)
         else:
             near_pairs += tl.sum(near.to(tl.int32), 1)
             y = tl.load(y_copy_at + j[:, None] * step + k[None, :], (k < step)[None, :], other=0.0)
@@ -214,19 +202,19 @@ def stream_gradient(
         return x.rows.new_zeros(B, M, D)
     dx = x.rows.new_empty(B, M, D)
     arch = config.architecture(dx.device)
-    u, v, V, vec_v, strides_v = None, None, 0, 1, [0, 0, 0, 0]
+    vec_d, strides = layout(x.rows, y.rows, size=D)
+    u, v, V, vec_v, v_strides = None, None, 0, 1, [0, 0, 0, 0]
     if of_x.product is not None and of_y.product is not None:
         u, v, V = rows(of_x.product), rows(of_y.product), of_y.product.shape[2]
-        vec_v = width(u.element_size(), V, *u.stride()[:2], *v.stride()[:2])
-        strides_v = [stride // vec_v for stride in (*u.stride()[:2], *v.stride()[:2])]
+        vec_v, v_strides = layout(u, v, size=V)
     tile = config.choose("pairwise_stream_bwd", arch, dtype, {"M": M, "N": N, "D": D, "V": V})
     tiles = B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_D"])
     with torch.cuda.device_of(dx):
         pairwise_stream_bwd[programs(tiles)](
             *x.pointers, *y.pointers, u, v, of_x.shift, of_y.shift, of_x.scale, of_y.scale, dx,
-            M, N, D // x.vec(y), V // vec_v, *x.strides(y), *strides_v,
-            VEC_D=x.vec(y), VEC_V=vec_v, PREC=product_precision(dtype, precision, arch),
-            FEW=DIRECT >= D,
+            M, N, D // vec_d, V // vec_v, *strides, *v_strides,
+            VEC_D=vec_d, VEC_V=vec_v, PREC=product_precision(dtype, precision, arch),
+            FEW=D <= DIRECT,
             **tile.options,
         )  # fmt: skip
     return dx

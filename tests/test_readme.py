@@ -64,6 +64,12 @@ def test_its_other_numbers_are_those_of_the_committed_results():
         f"takes {min(ratios):.2f} to {max(ratios):.2f} of our time",
     ):
         assert claim in prose, claim
+    (data,) = (row for row in answers if row["case"] == "answers/data")
+    assert f"With {data['train']} questions to train on" in prose
+    for name in ("answers", "answers-bcnn", "answers-abcnn1", "answers-abcnn2", "answers-abcnn3"):
+        rows = {row["case"]: row for row in json.loads((results / f"{name}.json").read_text())["rows"]}
+        model, bm25 = rows["answers/model"], rows["answers/bm25"]
+        assert abs(model["map"] - bm25["map"]) < model["map_error"], "within one standard error of BM25"
     for seed in (1, 2):
         rows = json.loads((results / f"answers-seed{seed}.json").read_text())["rows"]
         scores = {row["case"]: row["map"] for row in rows if "map" in row}

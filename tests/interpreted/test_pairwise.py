@@ -28,11 +28,31 @@ def test_scores_and_gradients_are_exact_at_every_distance(dtype, D, with_lengths
     check_attention(q, a, lengths_of(q, a) if with_lengths else (None, None))
 
 
+@pytest.mark.parametrize("with_lengths", [False, True])
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_common_offset_changes_nothing(dtype, offset):
+def test_a_common_offset_changes_nothing(dtype, offset, with_lengths):
     q, a = rows_at_distances(50, dtype, offset)
-    check_attention(q, a)
+    check_attention(q, a, lengths_of(q, a) if with_lengths else (None, None))
+
+
+def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
+    q, a = torch.randn(2, 9, 20), torch.randn(2, 7, 20)
+    op = triton_ops.attention_op
+    S, _, _ = op(q, a, torch.tensor([-3, 10**9]), torch.tensor([7, 10**9]), "float32", False)
+    assert not S[0].any() and torch.equal(S[1], op(q, a, None, None, "float32", False)[0][1])
+
+
+def test_what_is_kept_past_the_lengths_is_never_read():
+    q, a = rows_at_distances(50, torch.float32)
+    lengths = torch.tensor([11, 30]), torch.tensor([37, 5])
+    S, R, centre = triton_ops.attention_op(q, a, *lengths, "float32", True)
+    R[0, 11:] = R[1, :, 5:] = -1.0  # would be near pairs
+    g = torch.randn_like(S)
+    grads = triton_ops.attention_backward_op(q, a, R, centre, g, *lengths, "float32", [True, True])
+    q, a = q.requires_grad_(), a.requires_grad_()
+    want = torch.autograd.grad(exact.pairwise_attention_reference(q, a, *lengths), (q, a), g)
+    torch.testing.assert_close(grads, want)
 
 
 def test_without_the_near_branch_the_contract_does_not_hold(monkeypatch):
