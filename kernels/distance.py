@@ -20,6 +20,8 @@ rows is large beside their spread, it is subtracted from both sides.
 import triton
 import triton.language as tl
 
+from .numerics import as_multiplied
+
 # With c <= 11, as on the CPU, the error left in float32 is 7e-7; no tensor core's c has been measured.
 TAU = tl.constexpr(1 / 8)
 # Up to so many features every pair is computed from the difference.
@@ -36,16 +38,6 @@ def length_of(lengths_ptr, b, size):
         return size
     else:
         return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), size).to(tl.int32)
-
-
-@triton.jit
-def as_multiplied(x, PREC: tl.constexpr):
-    """x as the tensor cores read it, so that norms and products are made of the same numbers."""
-    if PREC == "tf32":
-        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where(x == x, rounded, x)  # the carry of some NaN would run into the sign
-    else:
-        return x
 
 
 @triton.jit

@@ -32,7 +32,6 @@ from .distance import (
     DIRECT,
     add_by_feature,
     add_to_rows,
-    as_multiplied,
     centre_of,
     differences,
     expand,
@@ -46,6 +45,7 @@ from .distance import (
     squares_by_feature,
 )
 from .launch import MAX_STRIDE, layout, packed, product_precision, programs, rows, width
+from .numerics import as_multiplied
 
 _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
 

@@ -20,7 +20,6 @@ from . import config
 from .distance import (
     DIRECT,
     add_to_rows,
-    as_multiplied,
     centre_of,
     has_offset,
     is_near,
@@ -31,6 +30,7 @@ from .distance import (
     squares_by_feature,
 )
 from .launch import layout, packed, product_precision, programs, rows
+from .numerics import as_multiplied
 
 ROWS = tl.constexpr(128)
 FEATURES = tl.constexpr(64)

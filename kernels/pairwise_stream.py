@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .distance import DIRECT, as_multiplied, length_of
+from .distance import DIRECT, length_of
 from .launch import layout, product_precision, programs, rows
+from .numerics import as_multiplied
 from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_scores
 
 _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]

@@ -25,7 +25,6 @@ from .distance import (
     DIRECT,
     add_by_feature,
     add_to_rows,
-    as_multiplied,
     differences,
     length_of,
     near_distances,
@@ -34,6 +33,7 @@ from .distance import (
     slope,
 )
 from .launch import layout, product_precision, programs, rows
+from .numerics import as_multiplied
 from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_distances
 
 _STRIDES = [f"stride_{of}" for of in ("xb", "x", "yb", "y", "ub", "u", "vb", "v")]
