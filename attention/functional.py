@@ -8,18 +8,16 @@ a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one un
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gatematch.kernels.launch import obstacle
+
 from . import ops
 from .checks import check_pair, check_rows
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pairwise_attention(
@@ -147,21 +145,8 @@ def _kernels() -> ModuleType:
     return triton_ops
 
 
-def _no_kernels(q: Tensor) -> str | None:
-    """Why the kernels cannot serve these inputs, or None if they can."""
-    if q.dtype == torch.float64:
-        return "the kernels take float32, float16 and bfloat16; got float64"
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the kernels run on CUDA; got {q.device}"
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return f"the kernels need compute capability 8.0; got {torch.cuda.get_device_name(q.device)}"
-    return None
-
-
 def _takes_kernels(q: Tensor, impl: str) -> bool:
-    return impl == "triton" or (impl == "auto" and q.is_cuda and _no_kernels(q) is None)
+    return impl == "triton" or (impl == "auto" and q.is_cuda and obstacle(q) is None)
 
 
 def _check_path(impl: str, precision: str, q: Tensor, *others: Tensor) -> None:
@@ -169,7 +154,7 @@ def _check_path(impl: str, precision: str, q: Tensor, *others: Tensor) -> None:
         raise ValueError(f'impl must be "auto", "triton" or "torch"; got {impl!r}')
     if precision not in ("float32", "tf32"):
         raise ValueError(f'precision must be "float32" or "tf32"; got {precision!r}')
-    if impl == "triton" and (reason := _no_kernels(q)) is not None:
+    if impl == "triton" and (reason := obstacle(q)) is not None:
         raise ValueError(f'impl="triton" cannot serve this call: {reason}; use "auto" or "torch"')
     # The operations underneath would lose the tangents without a word; a compiler does not see them.
     if forward_ad._current_level >= 0 and (

@@ -6,34 +6,17 @@ so that every derivative exists; a plain one never pays for that. `triton_ops.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gatematch.kernels.autograd import Grads, differentiable
+
 from . import tiled
 from .blocks import Block, squares, whole_rows
 from .operands import Operands, full_precision
 from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
-
-Grads = tuple[Tensor | None, ...]
-
-
-def differentiable(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: tuple[Tensor, ...],
-    upstream: tuple[Tensor, ...],
-    *constants: Any,
-) -> Grads:
-    """Gradients of `function(*inputs, *constants)` w.r.t. the inputs that can be differentiated again."""
-    # Fresh aliases: one input may have been computed from another, and only the direct dependence counts.
-    inputs = tuple(tensor.view_as(tensor) for tensor in inputs)
-    outputs = function(*inputs, *constants)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    grads = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
-    return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)
 
 
 def _operands(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Operands:

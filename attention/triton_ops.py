@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from gatematch.kernels import pairwise, pairwise_stream
+from gatematch.kernels.autograd import Grads, differentiable
 from gatematch.kernels.pairwise_prepare import prepare
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
 
-from .ops import Grads, differentiable
 from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
 Lengths = Tensor | None

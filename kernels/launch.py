@@ -6,13 +6,31 @@ which is compiled in, so that loads are as wide as the layout allows: there are 
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 
 import torch
 from torch import Tensor
 
 # Rows further apart than this would overflow the offsets inside a tile: they are copied.
 MAX_STRIDE = 2**24
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def obstacle(x: Tensor) -> str | None:
+    """Why kernels cannot run on tensors like x, or None if they can."""
+    if x.dtype == torch.float64:
+        return "the kernels take float32, float16 and bfloat16; got float64"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the kernels run on CUDA; got {x.device}"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"the kernels need compute capability 8.0; got {torch.cuda.get_device_name(x.device)}"
+    return None
 
 
 def rows(x: Tensor) -> Tensor:
