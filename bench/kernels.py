@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gatematch.bench.launches import LAUNCHES, Sample, entries, launched_with, samples
+from gatematch.bench.launches import LAUNCHES, Sample, entries, launched_with, samples, served
 from gatematch.kernels import config
 from gatematch.kernels.config import Config
 
@@ -76,7 +76,8 @@ def run_kernels(archs: list[str], pattern: str = "") -> list[dict[str, Any]]:
     launches = [
         (entry.kernel, entry.arch, sample, entry.tile)
         for entry in entries(archs, pattern)
-        for sample in samples(entry.dtype, entry.shape)
+        for sample in samples(entry.kernel, entry.dtype, entry.shape)
+        if served(entry.kernel, entry.arch, sample)
     ]
     rows = {
         row["case"]: row  # two shapes may share a configuration
@@ -108,7 +109,7 @@ def _row(kernel: str, arch: str, sample: Sample, tile: Config, binary: Any) -> d
         "variant": variant,
         "shared_bytes": binary.metadata.shared,
         "shared_limit": ARCHITECTURES[arch].shared_bytes,
-        "tensor_core_products": _tensor_core_products(binary.asm["ttir"]),
+        "tensor_core_products": _tensor_core_products(binary.asm),
         **(_read_cubin(binary.asm["cubin"]) if "cubin" in binary.asm else _read_amdgcn(binary.asm["amdgcn"])),
     }
 
@@ -126,9 +127,11 @@ def _described(constants: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _tensor_core_products(ttir: str) -> int:
+def _tensor_core_products(asm: Mapping[str, Any]) -> int:
     """Products in the source that tensor cores can do: all but those of float32 in full precision."""
-    products = re.findall(r"tt\.dot\b.*", ttir)
+    if "ttir" not in asm:  # Gluon's source names the instruction
+        return len(re.findall(r"ttng\.warp_group_dot ", asm["ttgir"]))
+    products = re.findall(r"tt\.dot\b.*", asm["ttir"])
     return sum("inputPrecision" in product or "xf32> *" not in product for product in products)
 
 

@@ -7,12 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from gatematch.kernels import config, pairwise, pairwise_stream
+from gatematch.kernels import (
+    config,
+    lstm_cluster,
+    lstm_persistent,
+    lstm_resident,
+    lstm_step,
+    pairwise,
+    pairwise_stream,
+)
 from gatematch.kernels.config import Config
 from gatematch.kernels.pairwise_prepare import Side, prepare
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
@@ -24,13 +33,14 @@ class Sample:
 
     dtype: torch.dtype
     shape: Mapping[str, int]
-    features: int
+    features: int = 0
     value_features: int = 0
     batch: int = 1
     device: str = "cpu"
     training: bool = True
     with_lengths: bool = True
     precision: str = "float32"
+    steps: int = 4
 
     def normal(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, device=self.device).to(self.dtype)
@@ -56,8 +66,17 @@ class Sample:
         return torch.full((self.batch,), self.shape[letter], device=self.device)
 
 
-def samples(dtype: torch.dtype, shape: Mapping[str, int]) -> Iterator[Sample]:
+def samples(kernel: str, dtype: torch.dtype, shape: Mapping[str, int]) -> Iterator[Sample]:
     """Inputs that between them reach every branch which a kernel decides at compile time."""
+    if "H" in shape:
+        yield Sample(dtype, shape)
+        yield Sample(dtype, shape, training=False, with_lengths=False)
+        # Rows that start at no multiple of 16 bytes, but for kernels that are given only such.
+        less = 1 if kernel.startswith("lstm_step") else 16
+        yield Sample(dtype, {**shape, "H": max(shape["H"] - less, 16)})
+        if dtype == torch.float32:
+            yield Sample(dtype, shape, precision="tf32")
+        return
     D, V = shape["D"], shape.get("V", 0)
     yield Sample(dtype, shape, D, V)
     yield Sample(dtype, shape, D, V, training=False, with_lengths=False)
@@ -127,6 +146,48 @@ def _pairwise_stream_bwd(sample: Sample) -> Launch:
     return lambda: tuple(stream_gradient(x, y, *sides, precision=sample.precision) for sides in upstream)
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """Inputs of a recurrent kernel: a few steps in both directions."""
+
+    z: Tensor
+    weights: list[Tensor]
+    h_0: Tensor
+    c_0: Tensor
+    lengths: Tensor | None
+
+    @classmethod
+    def of(cls, sample: Sample) -> _Sequence:
+        N, T, B, H = 2, sample.steps, sample.shape["B"], sample.shape["H"]
+        weights = [sample.normal(4 * H, H) / H**0.5 for _ in range(N)]
+        states = sample.normal(N, B, H), sample.normal(N, B, H)
+        lengths = torch.full((B,), T, device=sample.device) if sample.with_lengths else None
+        return cls(sample.normal(N, T, B, 4 * H), weights, *states, lengths)
+
+
+def _forward_of(kernels: ModuleType) -> Callable[[Sample], Launch]:
+    def launch(sample: Sample) -> Launch:
+        x = _Sequence.of(sample)
+        options = {"precision": sample.precision, "save": sample.training}
+        # What is saved is stored over z.
+        return lambda: kernels.forward(x.z.clone(), x.weights, x.h_0, x.c_0, x.lengths, **options)
+
+    return launch
+
+
+def _backward_of(kernels: ModuleType) -> Callable[[Sample], Launch]:
+    def launch(sample: Sample) -> Launch:
+        x = _Sequence.of(sample)
+        N, T, B, H = *x.z.shape[:3], sample.shape["H"]
+        gates, cells = torch.sigmoid(x.z), torch.randn(N, T, B, H, device=sample.device)
+        g_y, g_cells = sample.normal(T, B, N * H), sample.normal(N, T, B, H)
+        upstream = (g_y, x.h_0, x.c_0, g_cells) if sample.training else (None, x.h_0, x.c_0, None)
+        saved = gates, cells, x.weights, x.c_0, x.lengths
+        return lambda: kernels.backward(*saved, *upstream, precision=sample.precision)
+
+    return launch
+
+
 # For each kernel what makes its inputs and returns the call that launches it, and no other kernel. A new
 # kernel needs a line here and entries in kernels/configs.
 LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
@@ -136,6 +197,13 @@ LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
     "pairwise_stream_fwd": _pairwise_stream_fwd,
     "pairwise_stream_sums": _pairwise_stream_sums,
     "pairwise_stream_bwd": _pairwise_stream_bwd,
+    "lstm_cluster_fwd": _forward_of(lstm_cluster),
+    "lstm_resident_fwd": _forward_of(lstm_resident),
+    "lstm_resident_bwd": _backward_of(lstm_resident),
+    "lstm_persistent_fwd": _forward_of(lstm_persistent),
+    "lstm_persistent_bwd": _backward_of(lstm_persistent),
+    "lstm_step_fwd": _forward_of(lstm_step),
+    "lstm_step_bwd": _backward_of(lstm_step),
 }
 
 
@@ -165,6 +233,14 @@ class Entry:
         return f"{self.kernel}/{self.arch}/{str(self.dtype).removeprefix('torch.')}"
 
 
+def served(kernel: str, arch: str, sample: Sample) -> bool:
+    """Whether the kernel is ever launched so on that architecture."""
+    for module in (lstm_resident, lstm_cluster):
+        if kernel.startswith(module.__name__.rpartition(".")[2]):
+            return module.serves(sample.shape["H"], sample.dtype, sample.precision, arch)
+    return True
+
+
 def entries(archs: Iterable[str], pattern: str) -> list[Entry]:
     """The shipped configurations whose kernel/arch/dtype matches.
 
@@ -179,6 +255,7 @@ def entries(archs: Iterable[str], pattern: str) -> list[Entry]:
         Entry(kernel, arch, *entry)
         for kernel in LAUNCHES
         for arch in archs
+        if kernel in config.entries(arch)  # some are for one architecture alone
         for entry in config.shipped(kernel, arch)
     )
     found = [entry for entry in listed if chosen.search(str(entry))]

@@ -28,6 +28,8 @@ GAIN = 1.02
 # Largest difference of a candidate's results from the shipped configuration's, relative to the largest one.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 BATCH = 32
+# Of a recurrent kernel: enough that what comes before and after them hardly counts.
+STEPS = 64
 
 
 def neighbours(tile: Config) -> Iterator[Config]:
@@ -113,7 +115,8 @@ def run_tune(device: torch.device, pattern: str, out: Path | None, say: Callable
     listed = copy.deepcopy(config.entries(arch))
     for entry in entries([arch], pattern):
         shape = entry.shape
-        sample = Sample(entry.dtype, shape, shape["D"], shape.get("V", 0), BATCH, str(device))
+        features = shape.get("D", 0), shape.get("V", 0)
+        sample = Sample(entry.dtype, shape, *features, BATCH, str(device), steps=STEPS)
         cost = milliseconds(entry.kernel, sample, entry.tile)
         before = cost(entry.tile)
         tile, after = climb(entry.tile, cost)

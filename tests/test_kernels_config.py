@@ -14,6 +14,7 @@ import torch
 from gatematch.kernels import config
 from gatematch.kernels.config import Config, architecture, choose, shipped
 
+ONLY_HOPPERS = {"lstm_cluster_fwd"}
 LISTS = sorted(config.CONFIGS.glob("*.json"))
 SMALL = Config({"BLOCK_M": 16}, num_warps=2, num_stages=1)
 LARGE = Config({"BLOCK_M": 128}, num_warps=8, num_stages=3)
@@ -111,7 +112,10 @@ def test_shipped_lists_are_well_formed(path):
         for entry in entries:
             assert set(entry) == {"dtype", "shape", "config", "source"}
             assert set(entry["config"]) == {"blocks", "num_warps", "num_stages"}
-            sizes = [*entry["config"]["blocks"].values(), entry["config"]["num_warps"]]
+            blocks = entry["config"]["blocks"]
+            # Of the columns that stay on the chip there may be any number.
+            sizes = [size for name, size in blocks.items() if name != "RESIDENT"]
+            sizes.append(entry["config"]["num_warps"])
             assert all(size > 0 and size & (size - 1) == 0 for size in sizes), entry
             assert min(entry["shape"].values()) > 0
 
@@ -131,7 +135,9 @@ def test_every_kernel_is_listed_everywhere_and_reported():
     }
     assert {path.stem for path in LISTS} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     for path in LISTS:
-        assert set(json.loads(path.read_text())["kernels"]) == named_by_file == set(LAUNCHES)
+        listed = set(json.loads(path.read_text())["kernels"])
+        assert listed == (named_by_file if path.stem == "sm_90" else named_by_file - ONLY_HOPPERS)
+    assert named_by_file == set(LAUNCHES)
 
 
 def test_the_lists_can_be_read_without_triton():
