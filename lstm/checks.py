@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
+from gatematch.kernels.launch import obstacle
+
 State = tuple[Tensor, Tensor]
 
-IMPLS = ("auto", "triton", "torch")
+# The last four ask for one kernel.
+IMPLS = ("auto", "torch", "triton", "resident", "persistent", "step", "cluster")
 
 
 class Spec(NamedTuple):
@@ -244,16 +247,20 @@ def transformed() -> bool:
 
 def check_impl_name(impl: str) -> None:
     if impl not in IMPLS:
-        raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError unless this version can compute with `impl`."""
+def takes_kernels(x: Tensor, impl: str) -> bool:
+    """Whether the kernels compute a call. Raises ValueError if `impl` asks for them and they cannot."""
     check_impl_name(impl)
-    if impl == "triton":
-        raise ValueError(
-            "impl: expected 'auto' or 'torch', got 'triton', for which this version has no kernels"
-        )
+    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+        return False
+    reason = obstacle(x)
+    if reason is None and transformed():
+        reason = "the kernels know nothing of torch.func and of forward-mode derivatives"
+    if reason is not None and impl != "auto":
+        raise ValueError(f"impl: {impl!r} cannot serve this call: {reason}; use 'auto' or 'torch'")
+    return reason is None
 
 
 def check_bool(name: str, value: Any) -> None:

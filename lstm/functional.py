@@ -2,11 +2,13 @@
 
 On every device, `impl="torch"` is PyTorch's own fused op (oneDNN, cuDNN or its native loop) where that can
 give what was asked. It cannot give the cell states of every step, nor run under `torch.func` and
-forward-mode derivatives; `reference.py` does those. `impl="auto"` is the same in this version.
+forward-mode derivatives; `reference.py` does those. `impl="triton"` is the kernels, and `impl="auto"` is the
+kernels on CUDA, where they can serve the call, and "torch" elsewhere.
 """
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +23,10 @@ from .checks import (
     check_call,
     check_cell,
     check_dropout,
-    check_impl,
+    check_impl_name,
     check_lengths,
     fits,
+    takes_kernels,
     transformed,
 )
 from .reference import lstm_cell_reference, lstm_reference, scatter_rows
@@ -59,9 +62,13 @@ def lstm(
             impl="torch" reads them on the host, for which a call on CUDA waits for the device.
         dropout: probability of dropping an output between layers, if `training`. A seed draws what
             torch.nn.LSTM draws: for the padded x, or with `lengths` for the packed x, except that where
-            lengths cannot be read, under torch.compile and `torch.func`, it draws for the padded x.
+            lengths are not read, by the kernels, under torch.compile and `torch.func`, it draws for the
+            padded x.
         return_cells: also return the cell states of the last layer at every step.
-        impl: "auto", "torch" or "triton", for which this version has no kernels.
+        impl: "auto": the Triton kernels on CUDA where they can serve the call, "torch" elsewhere. "triton":
+            the kernels, or an error that says why not. "torch": PyTorch's own. Also one kernel by name:
+            "resident", "persistent", "step" or "cluster". In float32 the kernels take TF32 products where
+            torch.backends.cudnn.rnn.fp32_precision allows them, as torch's own do.
 
     Returns:
         y, (h_n, c_n), and c with `return_cells`. y is (T, B, D * P), batch_first and unbatched as x, or a
@@ -96,7 +103,7 @@ def lstm_cell(
         x: (B, I) or (I,).
         hx: h and c, (B, H) each, (H,) for an unbatched x; zeros if None.
         weight_ih, weight_hh, bias_ih, bias_hh: (4H, I), (4H, H), (4H,) and (4H,); both biases or none.
-        impl: "auto", "torch" or "triton", for which this version has no kernels.
+        impl: "auto", "torch" or "triton", as for `lstm`; the kernel of one step is "step".
 
     Returns:
         The next h and c, shaped as hx.
@@ -104,22 +111,25 @@ def lstm_cell(
     Raises:
         TypeError: an argument of the wrong type. ValueError: a wrong shape, dtype, device or option.
     """
-    check_impl(impl)
     if bias_ih is None and bias_hh is None:
         weights: tuple[Any, ...] = (weight_ih, weight_hh)
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     # Look closely before the reference, which promotes where torch's op refuses.
+    check_impl_name(impl)
     functional = transformed()
     if functional or not cell_fits(x, weights, hx):
         check_cell(x, weights, hx)
+    by_kernel = takes_kernels(x, impl) and x.numel() > 0
     if unbatched := x.dim() == 1:
         x = x.unsqueeze(0)
         hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
     if hx is None:
-        zeros = x.new_zeros(x.shape[0], weight_hh.shape[1])
-        hx = (zeros, zeros)
-    if functional:
+        shape = x.shape[0], weight_hh.shape[1]
+        hx = (x.new_zeros(shape), x.new_zeros(shape))  # the compiler wants two
+    if by_kernel:
+        h, c = _kernels().kernel_cell(x, hx, weights)
+    elif functional:
         h, c = lstm_cell_reference(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
         try:
@@ -143,33 +153,37 @@ def run(
     impl: str,
 ) -> tuple[Any, ...]:
     """`lstm` with the parameters as a list in the order of `spec.names`; the module's way in."""
-    check_impl(impl)
+    check_impl_name(impl)
     check_bool("return_cells", return_cells)
     if not fits(x, weights, spec, hx, batch_first):
         check_call(x, weights, spec, hx, batch_first)
     if lengths is not None:
         check_lengths(lengths, x, batch_first)
     if isinstance(x, PackedSequence):
-        return _run_packed(x, weights, spec, hx, dropout, training, return_cells)
+        return _run_packed(x, weights, spec, hx, dropout, training, return_cells, impl)
     if unbatched := x.dim() == 2:
         batch_first = False
         x = x.unsqueeze(1)
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     if hx is None:
         hx = _zero_state(x, spec, x.shape[0 if batch_first else 1])
+    by_kernels = takes_kernels(x, impl) and x.numel() > 0
     packing = None
     # Cell states come from the reference, which needs the packing only to draw dropout as the fused op does.
-    if lengths is not None and (not return_cells or (training and dropout > 0)):
+    if not by_kernels and lengths is not None and (not return_cells or (training and dropout > 0)):
         packing = _packing(lengths, x.shape[1 if batch_first else 0])
 
     cells: tuple[Tensor, ...] = ()
-    if return_cells or not _fused_follows(lengths, packing):
+    if by_kernels or return_cells or not _fused_follows(lengths, packing):
         x = x.transpose(0, 1) if batch_first else x
         rows = None if packing is None else packing.rows(x.shape, batch_first=False)
-        y, h_n, c_n, c = _reference(x, weights, spec, hx, lengths, dropout, training, rows)
-        if batch_first:
-            y, c = y.transpose(0, 1), c.transpose(0, 1)
+        call = (x, weights, spec, hx, lengths, dropout, training, rows)
+        y, h_n, c_n, c = (
+            _kernels().kernel_stack(*call, return_cells, impl) if by_kernels else _reference(*call)
+        )
         cells = (c,) if return_cells else ()
+        if batch_first:
+            y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
     elif packing is not None:
         y, h_n, c_n = _fused_lengths(x, weights, spec, hx, packing, batch_first, dropout, training)
     else:
@@ -188,6 +202,7 @@ def _run_packed(
     dropout: float,
     training: bool,
     return_cells: bool,
+    impl: str,
 ) -> tuple[Any, ...]:
     data, batch_sizes, sorted_indices, unsorted_indices = x
     B = int(batch_sizes[0])
@@ -196,11 +211,15 @@ def _run_packed(
     elif sorted_indices is not None:
         hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
 
-    if return_cells or transformed():
+    by_kernels = takes_kernels(data, impl)
+    if by_kernels or return_cells or transformed():
         valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
         index = valid.flatten().nonzero().squeeze(1).to(data.device)
         padded = scatter_rows(data, index, valid.shape)
-        y, h_n, c_n, c = _reference(padded, weights, spec, hx, valid.sum(0), dropout, training, index)
+        call = (padded, weights, spec, hx, valid.sum(0), dropout, training, index)
+        y, h_n, c_n, c = (
+            _kernels().kernel_stack(*call, return_cells, impl) if by_kernels else _reference(*call)
+        )
         outputs = [tensor.flatten(0, 1).index_select(0, index) for tensor in (y, c)][: 1 + return_cells]
     else:
         options = _options(data, spec, dropout, training)
@@ -210,6 +229,13 @@ def _run_packed(
         h_n, c_n = h_n.index_select(1, unsorted_indices), c_n.index_select(1, unsorted_indices)
     packed = [PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices) for out in outputs]
     return packed[0], (h_n, c_n), *packed[1:]
+
+
+def _kernels() -> ModuleType:
+    """What calls the kernels: imported when it is first used, since it needs Triton."""
+    from . import stack
+
+    return stack
 
 
 class _Packing(NamedTuple):

@@ -91,7 +91,7 @@ def lstm_reference(
     c_n: list[Tensor] = []
     for layer in range(layers):
         if layer > 0:
-            x = _dropout(x, dropout, training, packed_rows)
+            x = drop(x, dropout, training, packed_rows)
         hs, cells = [], []
         for suffix in suffixes:
             weight_ih, weight_hh = (
@@ -123,7 +123,8 @@ def scatter_rows(rows: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     return zeros.index_copy(0, index, rows).unflatten(0, shape)
 
 
-def _dropout(x: Tensor, dropout: float, training: bool, packed_rows: Tensor | None) -> Tensor:
+def drop(x: Tensor, dropout: float, training: bool, packed_rows: Tensor | None) -> Tensor:
+    """Dropout of x (T, B, width), drawn for its `packed_rows` alone if given."""
     if packed_rows is None or not training:
         return torch.dropout(x, dropout, training)
     kept = torch.dropout(x.flatten(0, 1).index_select(0, packed_rows), dropout, training)

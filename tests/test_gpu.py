@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from lstm_contract import check_layer, largest_error
+from lstm_contract import lengths_of as lstm_lengths
 from pairwise_contract import (
     DTYPES,
     check_attend,
@@ -13,9 +15,30 @@ from pairwise_contract import (
 
 from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
-from gatematch.lstm import LSTM
+from gatematch.lstm import LSTM, LSTMCell, selection
+from gatematch.lstm.reference import lstm_cell_reference
 
 pytestmark = pytest.mark.gpu
+LSTM_KERNELS = ("resident", "persistent", "step", "cluster")
+
+
+@pytest.fixture
+def rnn_precision():
+    """Sets the precision of float32 products in recurrent layers, for one test."""
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+
+    def choose(precision):
+        rnn.fp32_precision = precision
+
+    yield choose
+    rnn.fp32_precision = before
+
+
+def skip_unless_served(kernel, H, dtype, precision="float32"):
+    layer = selection.Layer(H + -H % 16, dtype, precision, torch.device("cuda", torch.cuda.current_device()))
+    if not selection.serves(kernel, layer, False):
+        pytest.skip(f"{kernel} does not serve H = {H} in {dtype}")
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -106,6 +129,91 @@ def test_torch_path_is_exact(D):
     g = torch.randn_like(S)
     (grad,), (true,) = torch.autograd.grad(S, q, g), torch.autograd.grad(want, q, g.double())
     torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-4)
+
+
+# Compiling takes most of the time: every size once, and every batch at one size.
+SIZES = [(H, 17, True) for H in (1, 3, 16, 64, 65, 128, 300, 512, 1024, 2048)]
+SIZES += [(64, B, with_lengths) for B in (1, 3, 64, 300) for with_lengths in (False, True)]
+SIZES += [(300, 300, False)]
+
+
+@pytest.mark.parametrize(("H", "B", "with_lengths"), SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", LSTM_KERNELS)
+def test_lstm_kernels_follow_float64(kernel, dtype, H, B, with_lengths, rnn_precision):
+    rnn_precision("ieee")
+    skip_unless_served(kernel, H, dtype)
+    check_layer(20, B, 33, H, dtype, impl=kernel, with_lengths=with_lengths, device="cuda")
+
+
+@pytest.mark.parametrize("kernel", LSTM_KERNELS)
+@pytest.mark.parametrize("H", [16, 64, 128, 256, 512, 1024])
+def test_lstm_in_tf32_is_as_exact_as_cudnn(kernel, H, rnn_precision):
+    rnn_precision("tf32")
+    skip_unless_served(kernel, H, torch.float32, "tf32")
+    model, x = LSTM(64, H, impl=kernel).cuda(), torch.randn(50, 16, 64, device="cuda")
+    y, _ = model(x)
+    model.impl = "torch"
+    theirs, _ = model(x)
+    exact, _ = model.double()(x.double())
+    assert largest_error(y, exact) <= 2 * largest_error(theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 1, 1), (17, 33, 65), (64, 512, 1024)])
+def test_lstm_cell(B, I, H, dtype, rnn_precision):
+    rnn_precision("ieee")
+    cell = LSTMCell(I, H, dtype=dtype, device="cuda", impl="triton")
+    x, h, c = (torch.randn(B, width, device="cuda").to(dtype).requires_grad_() for width in (I, H, H))
+    got = cell(x, (h, c))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, h, c, *cell.parameters())]
+    want = lstm_cell_reference(exact[0], (exact[1], exact[2]), *exact[3:])
+    g = [torch.randn_like(tensor) for tensor in got]
+    grads = torch.autograd.grad(got, [x, h, c, *cell.parameters()], g)
+    exact_grads = torch.autograd.grad(want, exact, [tensor.double() for tensor in g])
+    for ours, true in zip((*got, *grads), (*want, *exact_grads), strict=True):
+        assert largest_error(ours, true) <= 8 * torch.finfo(dtype).eps * float(true.detach().abs().max())
+
+
+@pytest.mark.parametrize("kernel", LSTM_KERNELS)
+def test_lstm_gives_the_same_bits_in_every_run(kernel):
+    model = LSTM(64, 128, bidirectional=True, dtype=torch.bfloat16, impl=kernel).cuda()
+    x = torch.randn(40, 50, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    lengths = lstm_lengths(40, 50, "cuda")
+    first = None
+    for _ in range(1000):
+        y, (h_n, c_n) = model(x, lengths=lengths)
+        total = y.float().square().sum() + h_n.float().sum() + c_n.float().sum()
+        run = [y, h_n, c_n, *torch.autograd.grad(total, [x, *model.parameters()])]
+        first = first or run
+        assert all(torch.equal(ours, same) for ours, same in zip(run, first, strict=True))
+
+
+@pytest.mark.parametrize("kernel", LSTM_KERNELS)
+def test_lstm_can_be_captured_in_a_graph(kernel):
+    model = LSTM(64, 256 if kernel != "resident" else 64, dtype=torch.float16, impl=kernel).cuda()
+    x = torch.randn(30, 16, 64, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        want = model(x)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)[0]
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            want = model(x)[0]
+            assert torch.equal(y, want)
+
+
+def test_lstm_does_not_wait_for_the_device(rnn_precision):
+    model = LSTM(64, 256, 2, bidirectional=True, impl="triton").cuda()
+    x, lengths = torch.randn(30, 16, 64, device="cuda"), lstm_lengths(30, 16, "cuda")
+    model(x, lengths=lengths)[0].sum().backward()  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x, lengths=lengths)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -107,19 +107,21 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "impl-triton": (
         lambda: LSTM(I, H, impl="triton")(x),
-        "impl: expected 'auto' or 'torch', got 'triton', for which this version has no kernels",
+        "impl: 'triton' cannot serve this call: the kernels run on CUDA; got cpu; use 'auto' or 'torch'",
     ),
     "impl-unknown": (
         lambda: lstm(x, params, impl="fast"),
-        "impl: expected 'auto', 'triton' or 'torch', got 'fast'",
+        "impl: expected one of 'auto', 'torch', 'triton', 'resident', 'persistent', 'step', 'cluster', "
+        "got 'fast'",
     ),
     "impl-constructor": (
         lambda: LSTM(I, H, impl="fast"),
-        "impl: expected 'auto', 'triton' or 'torch', got 'fast'",
+        "impl: expected one of 'auto', 'torch', 'triton', 'resident', 'persistent', 'step', 'cluster', "
+        "got 'fast'",
     ),
     "impl-cell": (
         lambda: lstm_cell(x[0], None, *weights, impl="triton"),
-        "impl: expected 'auto' or 'torch', got 'triton', for which this version has no kernels",
+        "impl: 'triton' cannot serve this call: the kernels run on CUDA; got cpu; use 'auto' or 'torch'",
     ),
     "dropout": (
         lambda: lstm(x, params, dropout=1.5),

@@ -1,0 +1,314 @@
+"""A layer of the LSTM by the kernels, forward and backward, without autograd.
+
+The kernels compute the recurrence; what does not depend on it is one library product over all steps:
+
+    z = x W_ihᵀ + b_ih + b_hh                              before it, with all directions and steps
+    dx = dz W_ih,  dW_ih = dzᵀ x,  db = sum of dz,
+    dW_hh = dzᵀ h of the step before                       after its backward
+
+**Projection.** With m = o tanh(c) and h = m W_hrᵀ, the recurrence h_{t-1} W_hhᵀ = m_{t-1} (W_hh W_hr)ᵀ is
+that of a plain LSTM in m, so the kernels know of none: W_hh W_hr is multiplied out once a call, h_0 W_hhᵀ is
+added to the first step, and y = m W_hrᵀ is one product over all steps.
+
+**Lengths.** x is 0 past them: products over all steps take those rows in.
+
+**Padding.** Hidden sizes that are no multiple of 16 are filled up with units of zero weights; they stay 0.
+
+Shapes: x (T, B, I), h_0 (N, B, P or H), c_0 (N, B, H), y (T, B, N·P or N·H), z, gates and dz (N, T, B, 4H),
+cells (N, T, B, H) in float32, m (T, B, N·H); N directions. H is the filled-up one in what is not returned to
+the caller.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .selection import Layer, launch
+
+MULTIPLE = 16
+_RNN: Any = torch.backends.cudnn.rnn
+_CUDA: Any = torch.backends.cuda.matmul
+
+
+def precision() -> str:
+    """That of float32 products: what torch allows its own LSTM."""
+    return "tf32" if _RNN.fp32_precision == "tf32" else "float32"
+
+
+@contextlib.contextmanager
+def products(x: Tensor) -> Iterator[None]:
+    """Library products in the precision of the recurrence, whatever autocast and matmul's switches say."""
+    with torch.autocast(x.device.type, enabled=False):
+        if not x.is_cuda or x.dtype != torch.float32:
+            yield
+            return
+        before, _CUDA.fp32_precision = _CUDA.fp32_precision, "tf32" if precision() == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            _CUDA.fp32_precision = before
+
+
+class _Direction:
+    """The weights of one direction, filled up for the kernels where they need it."""
+
+    def __init__(self, weights: list[Tensor], projected: bool) -> None:
+        self.weight_ih, self.weight_hh, *others = weights
+        self.weight_hr: Any = others.pop() if projected else None
+        self.biases = others
+        self.hidden_size = self.weight_hh.shape[0] // 4
+
+    def _filled(self, gates: Tensor, columns: int = 0) -> Tensor:
+        """(4H, ...) with H, and the columns, filled up."""
+        rows = -self.hidden_size % MULTIPLE
+        if rows == columns == 0:
+            return gates.contiguous()
+        sides = (0, columns, 0, rows) if gates.dim() == 2 else (0, rows)
+        return pad(gates.unflatten(0, (4, self.hidden_size)), sides).flatten(0, 1)
+
+    def input_weight(self) -> Tensor:
+        return self._filled(self.weight_ih)
+
+    def bias(self) -> Tensor | None:
+        return self._filled(self.biases[0] + self.biases[1]) if self.biases else None
+
+    def recurrent_weight(self) -> Tensor:
+        """W_hh, or W_hh W_hr with a projection."""
+        weight = self.weight_hh
+        if self.weight_hr is not None:
+            weight = (weight.float() @ self.weight_hr.float()).to(weight.dtype)
+        return self._filled(weight, -self.hidden_size % MULTIPLE)
+
+
+def _directions(weights: list[Tensor], N: int, projected: bool) -> list[_Direction]:
+    size = len(weights) // N
+    return [_Direction(weights[d * size : (d + 1) * size], projected) for d in range(N)]
+
+
+def _filled(state: Tensor, H: int) -> Tensor:
+    return pad(state, (0, H - state.shape[-1])).contiguous()
+
+
+def _cut(x: Tensor, groups: int, H: int) -> Tensor:
+    """The last dimension, `groups` of filled-up units each, without what they were filled up with."""
+    return x if x.shape[-1] == groups * H else x.unflatten(-1, (groups, -1))[..., :H].flatten(-2).contiguous()
+
+
+def _first_steps(x: Tensor, d: int, lengths: Tensor | None) -> Tensor:
+    """x (T, B, ...) at each row's step 0 in direction d: (B, ...). Rows of length 0 give any."""
+    if d == 0:
+        return x[0]
+    return x[-1] if lengths is None else x[_last(lengths, len(x)), torch.arange(x.shape[1], device=x.device)]
+
+
+def _last(lengths: Tensor, T: int) -> Tensor:
+    """The time of each row's last valid step, 0 for rows of length 0."""
+    return (lengths.long().clamp(1, T) - 1).to(lengths.device)
+
+
+def sizes(x: Tensor, weights: list[Tensor]) -> tuple[int, int, int, int]:
+    """T, B, H and H filled up."""
+    H = weights[1].shape[0] // 4
+    return x.shape[0], x.shape[1], H, H + -H % MULTIPLE
+
+
+def _layer_of(x: Tensor, H: int) -> Layer:
+    return Layer(H, x.dtype, precision() if x.dtype == torch.float32 else "float32", x.device)
+
+
+def forward(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    lengths: Tensor | None,
+    weights: list[Tensor],
+    projected: bool,
+    impl: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, h_n, c_n and, if `save`, cells, gates and, with a projection, m."""
+    N = len(h_0)
+    T, B, H, filled = sizes(x, weights)
+    layer, directions = _layer_of(x, filled), _directions(weights, N, projected)
+    rows = x.flatten(0, 1)
+    with products(x):
+        z = x.new_empty(N, T, B, 4 * filled)
+        for d, direction in enumerate(directions):
+            weight, bias, out = direction.input_weight(), direction.bias(), z[d].flatten(0, 1)
+            if bias is None:
+                torch.mm(rows, weight.T, out=out)
+            else:
+                torch.addmm(bias, rows, weight.T, out=out)
+            if projected:
+                _add_to_first_steps(z[d], d, lengths, h_0[d] @ direction._filled(direction.weight_hh).T)
+        start = h_0.new_zeros(N, B, filled) if projected else _filled(h_0, filled)
+        m, h_n, c_n, cells = launch(
+            impl,
+            layer,
+            False,
+            z,
+            [direction.recurrent_weight() for direction in directions],
+            start,
+            _filled(c_0, filled),
+            lengths,
+            precision=layer.precision,
+            save=save,
+        )
+        y, h_n, c_n = _cut(m, N, H), _cut(h_n, 1, H), _cut(c_n, 1, H)
+        if projected:
+            y, h_n = _project(m, filled, directions), _projected_state(h_n, h_0, lengths, directions)
+    return y, h_n, c_n, cells, z if save else None, m if save and projected else None
+
+
+def _add_to_first_steps(z: Tensor, d: int, lengths: Tensor | None, addend: Tensor) -> None:
+    if d == 0:
+        z[0] += addend
+    elif lengths is None:
+        z[-1] += addend
+    else:
+        z[_last(lengths, len(z)), torch.arange(z.shape[1], device=z.device)] += addend
+
+
+def _project(m: Tensor, H: int, directions: list[_Direction]) -> Tensor:
+    T, B, _ = m.shape
+    P = len(directions[0].weight_hr)
+    y = m.new_empty(T, B, len(directions) * P)
+    for d, direction in enumerate(directions):
+        values = m[..., d * H : d * H + direction.hidden_size].flatten(0, 1)
+        y[..., d * P : (d + 1) * P] = (values @ direction.weight_hr.T).view(T, B, P)
+    return y
+
+
+def _projected_state(m: Tensor, h_0: Tensor, lengths: Tensor | None, directions: list[_Direction]) -> Tensor:
+    h_n = torch.stack([m[d] @ direction.weight_hr.T for d, direction in enumerate(directions)])
+    return h_n if lengths is None else torch.where((lengths > 0)[:, None], h_n, h_0)
+
+
+def backward(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    lengths: Tensor | None,
+    weights: list[Tensor],
+    y: Tensor,
+    cells: Tensor,
+    gates: Tensor,
+    m: Tensor | None,
+    g_y: Tensor | None,
+    g_h_n: Tensor | None,
+    g_c_n: Tensor | None,
+    g_cells: Tensor | None,
+    projected: bool,
+    impl: str,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, h_0, c_0 and the weights, None where not wanted."""
+    N = len(h_0)
+    _, _, H, filled = sizes(x, weights)
+    layer, directions = _layer_of(x, filled), _directions(weights, N, projected)
+    g_h_n = torch.zeros_like(h_0) if g_h_n is None else g_h_n
+    g_c_n = torch.zeros_like(c_0) if g_c_n is None else g_c_n
+    with products(x):
+        g_m, g_m_n = g_y, g_h_n
+        if projected:
+            g_m = None if g_y is None else _from_projection(g_y, filled, directions)
+            ended = g_h_n if lengths is None else torch.where((lengths > 0)[:, None], g_h_n, 0)
+            g_m_n = torch.stack([ended[d] @ direction.weight_hr for d, direction in enumerate(directions)])
+        elif g_y is not None and filled > H:
+            g_m = pad(g_y.unflatten(-1, (N, H)), (0, filled - H)).flatten(-2)
+        dz, dh_0, dc_0 = launch(
+            impl,
+            layer,
+            True,
+            gates,
+            cells,
+            [direction.recurrent_weight() for direction in directions],
+            _filled(c_0, filled),
+            lengths,
+            None if g_m is None else g_m.contiguous(),
+            _filled(g_m_n, filled),
+            _filled(g_c_n, filled),
+            None if g_cells is None else g_cells.contiguous(),
+            precision=layer.precision,
+        )
+        dz, dh_0, dc_0 = _cut(dz, 4, H), _cut(dh_0, 1, H), _cut(dc_0, 1, H)
+        if projected:
+            dh_0 = torch.stack(
+                [
+                    _first_steps(dz[d], d, lengths) @ direction.weight_hh
+                    for d, direction in enumerate(directions)
+                ]
+            )
+            if lengths is not None:
+                dh_0 = torch.where((lengths > 0)[:, None], dh_0, g_h_n)
+        found: list[Tensor | None] = [dh_0, dc_0]
+        dx = None
+        size = len(weights) // N
+        for d, direction in enumerate(directions):
+            flat = dz[d].flatten(0, 1)
+            if wanted[0]:
+                dx = flat @ direction.weight_ih if dx is None else dx.addmm_(flat, direction.weight_ih)
+            need = wanted[3 + d * size : 3 + (d + 1) * size]
+            found += _weight_gradients(direction, d, need, x, h_0[d], lengths, y, m, dz[d], g_y, g_h_n[d])
+    found = [None if dx is None else dx.view_as(x), *found]
+    return [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+
+
+def _from_projection(g_y: Tensor, H: int, directions: list[_Direction]) -> Tensor:
+    """The gradient of m (T, B, N·H) from that of y."""
+    parts = g_y.unflatten(-1, (len(directions), -1)).unbind(2)
+    products = [part @ direction.weight_hr for part, direction in zip(parts, directions, strict=True)]
+    return torch.cat([pad(product, (0, H - product.shape[-1])) for product in products], -1)
+
+
+def _weight_gradients(
+    direction: _Direction,
+    d: int,
+    need: list[bool],
+    x: Tensor,
+    h_0: Tensor,
+    lengths: Tensor | None,
+    y: Tensor,
+    m: Tensor | None,
+    dz: Tensor,
+    g_y: Tensor | None,
+    g_h_n: Tensor,
+) -> list[Tensor | None]:
+    """Those of one direction, in the order of its weights."""
+    T, B, _ = x.shape
+    # dz of all steps but the first of the sequence, and of all but the last, in the direction's own order.
+    later, sooner = (slice(1, None), slice(None, -1)) if d == 0 else (slice(None, -1), slice(1, None))
+    width = h_0.shape[1]
+    flat = dz.flatten(0, 1)
+    grads: list[Tensor | None] = [flat.T @ x.flatten(0, 1) if need[0] else None]
+    recurrent = None
+    if need[1]:
+        recurrent = _first_steps(dz, d, lengths).T @ h_0
+        before = y[sooner, :, d * width : (d + 1) * width].flatten(0, 1)
+        recurrent.addmm_(dz[later].flatten(0, 1).T, before)
+    grads.append(recurrent)
+    if direction.biases:
+        bias = flat.sum(0)
+        grads += [bias, bias.clone()]
+    if m is not None and need[-1]:
+        # Of h: what comes from y, from the next step and from h_n.
+        dh = dz.new_zeros(T, B, width)
+        if g_y is not None:
+            dh += g_y[..., d * width : (d + 1) * width]
+        dh[sooner] += dz[later] @ direction.weight_hh
+        if d == 1:
+            dh[0] += g_h_n
+        elif lengths is None:
+            dh[-1] += g_h_n
+        else:
+            dh[_last(lengths, T), torch.arange(B, device=dh.device)] += g_h_n
+        H = m.shape[-1] // (y.shape[-1] // width)
+        values = m[..., d * H : d * H + direction.hidden_size]
+        grads.append(dh.flatten(0, 1).T @ values.flatten(0, 1))
+    elif direction.weight_hr is not None:
+        grads.append(None)
+    return grads

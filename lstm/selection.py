@@ -1,0 +1,92 @@
+"""Which kernel computes a layer.
+
+    resident     H up to 128 in 16 bits, 64 in float32: W_hh fits one multiprocessor, nobody waits for others
+    persistent   beyond: W_hh is spread over the chip, one wait of all for all in every step
+    step         whatever neither can serve, one launch a step: any H, and where another could not be launched
+    cluster      never chosen; `impl="cluster"` asks for it (forward)
+
+By the model of bench/roofline.py: resident has no barrier to wait at, and as long as the programs of
+persistent fit the chip they read less than step, which reads all of W_hh in every step.
+"""
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from triton.errors import TritonError
+
+from gatematch.kernels.config import architecture
+from gatematch.kernels.recurrence import processors
+
+KERNELS = ("resident", "persistent", "step", "cluster")
+_log = logging.getLogger("gatematch")
+
+
+class Layer(NamedTuple):
+    """What the choice depends on."""
+
+    hidden_size: int
+    dtype: torch.dtype
+    precision: str
+    device: torch.device
+
+
+@functools.cache
+def _module(kernel: str) -> ModuleType:
+    return importlib.import_module(f"gatematch.kernels.lstm_{kernel}")
+
+
+# Layers, forward or backward, whose kernel could not be launched: it is tried once.
+_failed: set[tuple[Layer, bool]] = set()
+
+
+@functools.lru_cache(maxsize=1024)
+def serves(kernel: str, layer: Layer, backward: bool) -> bool:
+    """Whether a kernel can compute such a layer on its device."""
+    arch = architecture(layer.device)
+    H, dtype, precision, device = layer
+    if kernel == "step":
+        return True
+    if kernel == "persistent":
+        return bool(_module(kernel).serves(H, dtype, precision, arch, processors(device), backward))
+    return not (kernel == "cluster" and backward) and bool(_module(kernel).serves(H, dtype, precision, arch))
+
+
+def select(layer: Layer, backward: bool) -> str:
+    """The kernel by the rule above."""
+    kernels = () if (layer, backward) in _failed else ("resident", "persistent")
+    return next((kernel for kernel in kernels if serves(kernel, layer, backward)), "step")
+
+
+def launch(impl: str, layer: Layer, backward: bool, *args: Any, **options: Any) -> Any:
+    """Run the kernel that `impl` names, or the one that the rule selects and, should it fail, `step`.
+
+    A kernel that is named has no substitute, but for a backward that it does not have.
+
+    Raises:
+        ValueError: the kernel that `impl` names cannot serve the layer.
+    """
+    named = impl in KERNELS
+    if named and not serves(impl, layer, backward):
+        if not backward:
+            H, dtype, precision, device = layer
+            raise ValueError(
+                f"impl: {impl!r} cannot serve hidden_size {H} in {dtype} ({precision}) on {device}; "
+                "use 'triton'"
+            )
+        named = False
+    kernel = impl if named else select(layer, backward)
+    run = "backward" if backward else "forward"
+    try:
+        return getattr(_module(kernel), run)(*args, **options)
+    except (TritonError, RuntimeError) as error:
+        if named or kernel == "step" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _log.warning(
+            "the LSTM's %s kernel cannot be launched for %s, step takes it: %s", kernel, layer, error
+        )
+        _failed.add((layer, backward))
+        return getattr(_module("step"), run)(*args, **options)

@@ -1,0 +1,479 @@
+"""The LSTM kernels in Triton's interpreter, against float64 on the same inputs."""
+
+import contextlib
+import itertools
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from interpreted.cooperative import Deadlock, cooperative
+from lstm_contract import DTYPES, check_layer, largest_error, lengths_of
+from torch.nn.utils.rnn import pack_padded_sequence
+from triton.runtime.errors import InterpreterError, OutOfResources
+
+from gatematch.kernels import cooperative as launching
+from gatematch.kernels import lstm_persistent, lstm_resident
+from gatematch.lstm import LSTM, LSTMCell, ops, selection
+from gatematch.lstm.reference import cell_update, lstm_cell_reference
+
+torch.set_num_threads(1)
+SIZES = (1, 3, 16, 64, 65, 128, 300)
+BATCHES = (1, 3, 17, 64)
+KERNELS = ("resident", "persistent", "step")
+
+
+@pytest.fixture(autouse=True)
+def _float32_products():
+    rnn = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
+    yield
+    rnn.fp32_precision = before
+
+
+def steps(kernel):
+    """Everything that a kernel is run under: the persistent one needs all its programs at once."""
+    return cooperative(seed=random.randrange(1000)) if kernel == "persistent" else contextlib.nullcontext()
+
+
+def served(kernel, H, dtype):
+    return kernel != "resident" or (32 if dtype == torch.float32 else 128) >= H
+
+
+def cases():
+    """Every kernel with every H and dtype, another B each time, and slowly with every H and B."""
+    turn = itertools.count()
+    for kernel, (d, dtype), (h, H) in itertools.product(KERNELS, enumerate(DTYPES), enumerate(SIZES)):
+        if served(kernel, H, dtype):
+            chosen = next(turn) % 3 if H <= 128 else 1
+            quick = H < 128 or d == KERNELS.index(kernel)
+            for b, B in enumerate(BATCHES):
+                name = f"{kernel}-{str(dtype).removeprefix('torch.')}-H{H}-B{B}"
+                if b == chosen and quick:
+                    yield pytest.param(kernel, dtype, H, B, id=name)
+                elif b == chosen or (b + h + d) % 3 == 0:
+                    yield pytest.param(kernel, dtype, H, B, id=name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "H", "B"), list(cases()))
+def test_values_and_gradients(kernel, dtype, H, B):
+    with steps(kernel):
+        check_layer(3, B, 5, H, dtype, impl=kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_lengths(kernel, dtype):
+    with steps(kernel):
+        check_layer(4, 5, 7, 31, dtype, impl=kernel, with_lengths=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("upstream", [("c",), ("y", "c"), ("h_n",), ("c_n",), ("y", "h_n", "c_n", "c")])
+def test_gradients_that_come_from_some_results_only(kernel, with_lengths, upstream):
+    with steps(kernel):
+        check_layer(3, 4, 5, 20, torch.float32, impl=kernel, with_lengths=with_lengths, upstream=upstream)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"L": 3},
+        {"N": 1},
+        {"N": 1, "P": 3, "L": 2},
+        {"P": 5},
+        {"P": 5, "with_lengths": False, "bias": False},
+        {"bias": False, "N": 1},
+        {"batch_first": True},
+        {"T": 1},
+        {"T": 1, "with_lengths": False},
+        {"B": 1},
+    ],
+    ids=str,
+)
+def test_what_else_a_layer_can_be(kernel, options):
+    options = {"T": 3, "B": 4, "with_lengths": True, **options}
+    with steps(kernel):
+        check_layer(options.pop("T"), options.pop("B"), 6, 18, torch.float32, impl=kernel, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 1, 1), (3, 5, 7), (17, 16, 64), (2, 33, 65)])
+def test_cell(B, I, H, bias, dtype):
+    cell = LSTMCell(I, H, bias, dtype=dtype, impl="triton")
+    inputs = [torch.randn(B, width).to(dtype).requires_grad_() for width in (I, H, H)]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact_weights = [p.detach().double().requires_grad_() for p in cell.parameters()]
+    h, c = cell(inputs[0], tuple(inputs[1:]))
+    want = lstm_cell_reference(exact_inputs[0], tuple(exact_inputs[1:]), *exact_weights)
+    g = [torch.randn_like(h), torch.randn_like(c)]
+    grads = torch.autograd.grad([h, c], [*inputs, *cell.parameters()], g)
+    exact_grads = torch.autograd.grad(want, [*exact_inputs, *exact_weights], [x.double() for x in g])
+    for got, true in zip((h, c, *grads), (*want, *exact_grads), strict=True):
+        assert got.dtype == dtype
+        size = max(1.0, float(true.detach().abs().max()))
+        assert largest_error(got, true) <= 6 * torch.finfo(dtype).eps * size
+
+
+def test_cell_with_one_gradient():
+    cell = LSTMCell(3, 5, impl="triton")
+    x, h, c = torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 5, requires_grad=True)
+    for place in (0, 1):
+        (got,) = torch.autograd.grad(cell(x, (h, c))[place].sum(), c)
+        (want,) = torch.autograd.grad(lstm_cell_reference(x, (h, c), *cell.parameters())[place].sum(), c)
+        torch.testing.assert_close(got, want)
+
+
+def emulated_tf32(x):
+    """Rounded to nearest, ties away from zero, with 10 bits of fraction; the gradient passes."""
+    bits = x.detach().float().view(torch.int32)
+    rounded = ((bits + 0x1000) & -0x2000).view(torch.float32).to(x.dtype)
+    return x + (rounded - x.detach())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("H", [16, 48, 64])
+def test_tf32_is_that_of_the_tensor_cores(kernel, H):
+    """No further from float64 than a loop in float64 whose products round both operands to TF32."""
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    T, B, I = 4, 5, 3
+    model = LSTM(I, H, impl=kernel)
+    x, h, c = torch.randn(T, B, I), torch.randn(1, B, H), torch.randn(1, B, H)
+    params = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    weight = params["weight_hh_l0"]
+    z = x.double() @ params["weight_ih_l0"].T + params["bias_ih_l0"] + params["bias_hh_l0"]
+
+    def loop(rounded):
+        h_t, c_t, ys = h[0].double(), c[0].double(), []
+        for t in range(T):
+            h_t, c_t = cell_update(z[t] + rounded(h_t) @ rounded(weight).T, c_t)
+            ys.append(h_t)
+        return torch.stack(ys)
+
+    exact, emulated = loop(lambda x: x), loop(emulated_tf32)
+    g = torch.randn_like(exact)
+    with steps(kernel):
+        y, _ = model(x, (h, c))
+        (got,) = torch.autograd.grad(y, model.weight_hh_l0, g.float())
+    (want,), (rough,) = torch.autograd.grad(exact, weight, g), torch.autograd.grad(emulated, weight, g)
+    assert 1e-6 < largest_error(y, exact) <= 1.5 * largest_error(emulated, exact)
+    # The emulated gradient takes the rounded forward but exact products backward.
+    assert largest_error(got, want) <= 2.5 * largest_error(rough, want)
+
+
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_packed_sequences(enforce_sorted):
+    lengths = torch.tensor([5, 4, 4, 1] if enforce_sorted else [4, 1, 5, 4])
+    model = LSTM(3, 17, 2, bidirectional=True, impl="step")
+    x = torch.randn(5, 4, 3)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+    hx = torch.randn(4, 4, 17), torch.randn(4, 4, 17)
+    y, states, c = model(packed, hx, return_cells=True)
+    model.impl = "torch"
+    want, want_states, want_c = model(packed, hx, return_cells=True)
+    torch.testing.assert_close(y.data, want.data)
+    torch.testing.assert_close(c.data, want_c.data)
+    torch.testing.assert_close(states, want_states)
+    assert torch.equal(y.batch_sizes, want.batch_sizes)
+
+
+def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
+    weights = list(LSTM(3, 16).parameters())
+    x, state = torch.randn(4, 3, 3), torch.randn(1, 3, 16)
+
+    def run(lengths):
+        return ops.layer_op(x, state, state, lengths, weights, False, "step", False)[:3]
+
+    torch.testing.assert_close(
+        run(torch.tensor([-5, 10**9, 2])), run(torch.tensor([0, 4, 2])), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padding_is_never_looked_at(kernel):
+    model = LSTM(3, 16, bidirectional=True, impl=kernel)
+    x, lengths = torch.randn(4, 3, 3), torch.tensor([4, 0, 2])
+    other = x.clone()
+    other[torch.arange(4)[:, None] >= lengths] = torch.inf
+    grads = []
+    for values in (x, other):
+        values.requires_grad_()
+        with steps(kernel):
+            y, (h_n, c_n) = model(values, lengths=lengths)
+            grads.append(
+                [y, h_n, c_n, *torch.autograd.grad(y.sum() + h_n.sum(), [values, *model.parameters()])]
+            )
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+    (
+        y,
+        h_n,
+        *_,
+    ) = grads[0]
+    assert not y[2:, 2].any() and not y[:, 1].any() and not grads[0][3][:, 1].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_same_bits_under_every_interleaving(kernel):
+    model = LSTM(3, 64 if kernel == "persistent" else 20, bidirectional=True, impl=kernel)
+    x, lengths = torch.randn(3, 17, 3, requires_grad=True), lengths_of(3, 17)
+    runs = []
+    for seed in (None, 1, 2, 3) if kernel == "persistent" else (None, 1):
+        with cooperative(seed=seed):
+            y, (h_n, c_n) = model(x, lengths=lengths)
+            total = y.square().sum() + h_n.sum() + c_n.sum()
+            runs.append([y, h_n, c_n, *torch.autograd.grad(total, [x, *model.parameters()])])
+    for run in runs[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(run, runs[0], strict=True))
+
+
+@triton.jit
+def wait_for_all_but_one(counter_ptr, PROGRAMS: tl.constexpr):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < PROGRAMS - 1:
+        pass
+
+
+@triton.jit
+def wait_for_one_more(counter_ptr, PROGRAMS: tl.constexpr):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < PROGRAMS + 1:
+        pass
+
+
+def persistent_layer(seed, **limits):
+    model, x = LSTM(3, 64, impl="persistent"), torch.randn(6, 17, 3)
+    with cooperative(seed=seed, **limits):
+        y, _ = model(x)
+        grads = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    model.impl = "torch"
+    want, _ = model(x)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(grads, torch.autograd.grad(want.square().sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_barrier_holds(seed):
+    persistent_layer(seed)
+
+
+def test_a_barrier_off_by_one_is_caught(monkeypatch):
+    monkeypatch.setattr(lstm_persistent, "wait_for", wait_for_all_but_one)
+    failures = 0
+    for seed in range(5):
+        try:
+            persistent_layer(seed)
+        except AssertionError:
+            failures += 1
+    assert failures > 0
+
+
+def test_a_barrier_that_is_never_satisfied_is_reported(monkeypatch):
+    monkeypatch.setattr(lstm_persistent, "wait_for", wait_for_one_more)
+    with pytest.raises(InterpreterError) as error:
+        persistent_layer(1, limit=100)
+    assert isinstance(error.value.__cause__, Deadlock)
+
+
+@pytest.mark.parametrize(("processors", "together"), [(8, 2), (4, 1)])
+def test_a_batch_larger_than_what_runs_at_once_takes_several_launches(processors, together, monkeypatch):
+    grids = []
+    monkeypatch.setattr(launching, "processors", lambda device: processors)
+    slices = launching.slices
+
+    def noted(*args):
+        for launch in slices(*args):
+            grids.append(launch)
+            yield launch
+
+    monkeypatch.setattr(launching, "slices", noted)
+    with cooperative(seed=1):
+        check_layer(2, 35, 3, 64, torch.float32, impl="persistent")
+    assert len(grids) > 2 and {directions for *_, directions in grids} == {together}
+
+
+def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
+    saves = []
+    op = ops.layer_op
+    monkeypatch.setattr(ops, "layer_op", lambda *args: saves.append(args[-1]) or op(*args))
+    model, x = LSTM(3, 5, impl="step"), torch.randn(2, 2, 3)
+    model(x)
+    with torch.no_grad():
+        model(x)
+        model(x, return_cells=True)
+    assert saves == [True, False, True]
+
+
+def test_the_second_derivative_is_the_references():
+    model, x = (
+        LSTM(3, 5, bidirectional=True, proj_size=2, impl="step"),
+        torch.randn(3, 2, 3, requires_grad=True),
+    )
+    lengths = torch.tensor([3, 1])
+
+    def penalty():
+        y, (h_n, c_n), c = model(x, lengths=lengths, return_cells=True)
+        total = y.square().sum() + h_n.sin().sum() + c_n.sin().sum() + c.square().sum()
+        (slope,) = torch.autograd.grad(total, x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [x, *model.parameters()])
+
+    ours = penalty()
+    model.impl = "torch"
+    want = penalty()
+    torch.testing.assert_close(ours, want)
+
+
+def test_the_second_derivative_of_the_cell_is_the_references():
+    cell, x = LSTMCell(3, 5, impl="triton"), torch.randn(2, 3, requires_grad=True)
+
+    def penalty():
+        (slope,) = torch.autograd.grad(cell(x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [x, *cell.parameters()])
+
+    ours = penalty()
+    cell.impl = "torch"
+    torch.testing.assert_close(ours, penalty())
+
+
+def test_dropout_between_layers():
+    model, x = LSTM(3, 16, 2, dropout=0.5, impl="step"), torch.randn(2, 3, 3)
+    torch.manual_seed(0)
+    y, _ = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(model(x)[0], y) and not torch.equal(model(x)[0], y)
+    model.impl = "torch"
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(x, return_cells=True)[0], y)
+    model.eval()
+    model.impl = "step"
+    assert torch.equal(model(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(given):
+    model, x = LSTM(3, 16, impl="step"), torch.randn(2, 3, 3).to(given)
+    cell = LSTMCell(3, 16, impl="triton")
+    with torch.autocast("cpu", torch.bfloat16):
+        y, (h_n, c_n), c = model(x, return_cells=True)
+        h, _ = cell(x[0])
+    assert {tensor.dtype for tensor in (y, h_n, c_n, c, h)} == {torch.bfloat16}
+    y.float().sum().backward()
+    assert model.weight_ih_l0.grad.dtype == torch.float32
+    want, _ = model.bfloat16()(x.bfloat16())
+    assert torch.equal(y, want)
+
+
+def test_no_rows_are_left_to_torch():
+    model = LSTM(3, 16, impl="step")
+    y, (h_n, c_n) = model(torch.randn(2, 0, 3))
+    assert y.shape == (2, 0, 16) and h_n.shape == c_n.shape == (1, 0, 16)
+
+
+def test_strided_inputs():
+    model = LSTM(3, 16, bidirectional=True, impl="step")
+    x, h, c = (
+        torch.randn(3, 4, 3, 2)[..., 0],
+        torch.randn(2, 16, 4).mT,
+        torch.randn(1, 1, 16).expand(2, 4, 16),
+    )
+    y, states = model(x, (h, c))
+    want, want_states = model(x.contiguous(), (h.contiguous(), c.contiguous()))
+    assert torch.equal(y, want) and all(map(torch.equal, states, want_states))
+    (grad,) = torch.autograd.grad(y.sum(), model.weight_hh_l0)
+    (same,) = torch.autograd.grad(want, model.weight_hh_l0, torch.ones_like(want))
+    assert torch.equal(grad, same)
+
+
+def opcheck_inputs(name):
+    T, B, I, H, P = 3, 2, 4, 18, 3
+    params = [p.detach() for p in LSTM(I, H, bidirectional=True, proj_size=P).parameters()]
+    x, h, c = torch.randn(T, B, I), torch.randn(2, P, B).mT, torch.randn(1, 1, H).expand(2, B, H)
+    call = (x, h, c, None, params, True, "step")
+    y, _, c_n, cells, gates, m = ops.layer_op(*call, True)
+    wanted = [True, False, True, *[True, False, True, True, True] * 2]
+    cell = [p.detach() for p in LSTMCell(I, H).parameters()]
+    step = (x[0], torch.randn(H, B).T, c[0], cell)
+    _, _, cell_gates = ops.cell_op(*step, True)
+    return {
+        "layer_op": (*call, True),
+        "layer_backward_op": (*call[:5], y, cells, gates, m, y, None, c_n, cells, True, "step", wanted),
+        "cell_op": (*step, True),
+        "cell_backward_op": (*step, cell_gates, step[1], None, [True, False, True, True, True, True, False]),
+    }[name]
+
+
+@pytest.mark.parametrize("name", [name for name in vars(ops) if name.endswith("_op") and name != "custom_op"])
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name), opcheck_inputs(name))
+
+
+def test_compiled():
+    model, cell = LSTM(3, 16, 2, bidirectional=True, proj_size=4, impl="step"), LSTMCell(3, 16, impl="triton")
+    x, lengths = torch.randn(3, 2, 3, requires_grad=True), torch.tensor([3, 1])
+
+    def function(x, lengths):
+        y, (h_n, c_n), c = model(x, lengths=lengths, return_cells=True)
+        return y, h_n, c_n, c, *cell(x[0])
+
+    got = torch.compile(function, backend="aot_eager", fullgraph=True)(x, lengths)
+    want = function(x, lengths)
+    g = [torch.randn_like(tensor) for tensor in want]
+    torch.testing.assert_close(got, want)
+    inputs = [x, *model.parameters(), *cell.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "kernel"),
+    [
+        (16, torch.float32, "resident"),
+        (128, torch.bfloat16, "resident"),
+        (144, torch.bfloat16, "persistent"),
+        (256, torch.float32, "persistent"),
+        (10_000, torch.float16, "step"),
+    ],
+)
+def test_the_rule(hidden, dtype, kernel):
+    layer = selection.Layer(hidden, dtype, "float32", torch.device("cpu"))
+    assert selection.select(layer, False) == kernel
+
+
+def test_a_kernel_that_cannot_be_launched_is_replaced_once(monkeypatch, caplog):
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        raise OutOfResources(300, 227, "shared memory")
+
+    monkeypatch.setattr(selection, "_failed", set())
+    monkeypatch.setattr(lstm_resident, "forward", failing)
+    model, x = LSTM(3, 16, impl="triton"), torch.randn(2, 3, 3)
+    y, _ = model(x)
+    model(x)
+    assert calls == [1] and "step takes it" in caplog.text
+    model.impl = "torch"
+    torch.testing.assert_close(y, model(x)[0])
+    model.impl = "resident"
+    with pytest.raises(OutOfResources):
+        model(x)
+
+
+def test_a_named_kernel_that_cannot_serve_says_so():
+    with pytest.raises(ValueError, match=r"impl: 'resident' cannot serve hidden_size 304 in torch\.float32"):
+        LSTM(3, 300, impl="resident")(torch.randn(2, 3, 3))
+    with pytest.raises(ValueError, match=r"impl: 'triton' cannot serve this call: .* torch.func"):
+        torch.func.vmap(LSTM(3, 16, impl="triton"))(torch.randn(2, 2, 3, 3))
+    with pytest.raises(ValueError, match="impl: 'step' cannot serve this call: the kernels take float32"):
+        LSTM(3, 16, dtype=torch.float64, impl="step")(torch.randn(2, 3, 3, dtype=torch.float64))
+
+
+def test_nan_stays_in_its_row():
+    model = LSTM(3, 64, impl="persistent")
+    x = torch.randn(3, 17, 3)
+    x[1, 4] = torch.nan
+    with cooperative(seed=1):
+        y, (h_n, c_n) = model(x)
+    rows = torch.arange(17) != 4
+    assert not y[:, rows].isnan().any() and not c_n[:, rows].isnan().any()
+    assert y[1:, 4].isnan().all() and not y[0, 4].isnan().any() and h_n[0, 4].isnan().all()

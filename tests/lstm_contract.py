@@ -1,0 +1,90 @@
+"""What the LSTM kernels promise, as checks against float64 on the same inputs, on any device."""
+
+import copy
+
+import torch
+
+from gatematch.lstm import LSTM
+from gatematch.lstm.reference import lstm_reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def lengths_of(T, B, device="cpu"):
+    """Lengths with 0 and T among them, where there are that many."""
+    lengths = torch.randint(0, T + 1, (B,))
+    lengths[-1] = T
+    lengths[0] = 0 if B > 1 else T
+    return lengths.to(device)
+
+
+def results(function, x, hx, params, upstream):
+    """y, h_n, c_n and c of `function`, and the gradients of all inputs, by name."""
+    y, (h_n, c_n), c = function()
+    outputs = {"y": y, "h_n": h_n, "c_n": c_n, "c": c}
+    inputs = {"x": x, "h_0": hx[0], "c_0": hx[1], **params}
+    chosen = [outputs[name] for name in upstream]
+    grads = torch.autograd.grad(chosen, list(inputs.values()), list(upstream.values()))
+    return outputs | {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+
+
+def of_torch(model, x, hx, lengths, upstream):
+    """The same by torch.nn.LSTM's own op, in the same dtype; padded rows are packed for it."""
+    theirs = copy.deepcopy(model)
+    theirs.impl = "torch"
+    x, *hx = (tensor.detach().nan_to_num().requires_grad_() for tensor in (x, *hx))
+
+    def function():
+        y, states = theirs(x.transpose(0, 1) if model.batch_first else x, tuple(hx), lengths)
+        return y.transpose(0, 1) if model.batch_first else y, states, None
+
+    return results(function, x, hx, dict(theirs.named_parameters()), upstream)
+
+
+def check_layer(
+    T, B, I, H, dtype, *, impl, N=2, L=1, P=0, bias=True, with_lengths=True, upstream=("y", "h_n", "c_n"),
+    batch_first=False, device="cpu",
+):  # fmt: skip
+    """Every result and gradient: at most twice torch.nn.LSTM's error, or 4 ulp of the largest value.
+
+    With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp.
+    """
+    model = LSTM(
+        I, H, L, bias, batch_first, bidirectional=N == 2, proj_size=P, device=device, dtype=dtype, impl=impl
+    )
+    x = torch.randn(T, B, I, device=device).to(dtype)
+    hx = [torch.randn(L * N, B, width, device=device).to(dtype) for width in (P or H, H)]
+    lengths = lengths_of(T, B, device) if with_lengths else None
+    exact_x, *exact_hx = (tensor.double().requires_grad_() for tensor in (x, *hx))
+    exact_params = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    if lengths is not None:
+        x[torch.arange(T, device=device)[:, None] >= lengths] = torch.nan
+    x, *hx = (tensor.requires_grad_() for tensor in (x, *hx))
+
+    def ours():
+        y, states, c = model(x.transpose(0, 1) if batch_first else x, tuple(hx), lengths, True)
+        return (y.transpose(0, 1), states, c.transpose(0, 1)) if batch_first else (y, states, c)
+
+    def exact():
+        return lstm_reference(exact_x, exact_params, tuple(exact_hx), lengths=lengths)
+
+    shapes = dict(zip(("y", "h_n", "c_n", "c"), (lambda y, s, c: (y, *s, c))(*exact()), strict=True))
+    g = {name: torch.randn_like(shapes[name]).to(dtype) for name in upstream}
+    want = results(exact, exact_x, exact_hx, exact_params, {name: v.double() for name, v in g.items()})
+    got = results(ours, x, hx, dict(model.named_parameters()), g)
+    peer = None
+    for name, value in got.items():
+        assert value.dtype == dtype and value.shape == want[name].shape, name
+        error = largest_error(value, want[name])
+        ulps = 8 if "c" in g else 4
+        if error <= ulps * torch.finfo(dtype).eps * float(want[name].detach().abs().max()):
+            continue
+        assert name != "c" and "c" not in g, (name, error)
+        if peer is None:
+            peer = of_torch(model, x, hx, lengths, g)
+        assert error <= 2 * largest_error(peer[name], want[name]), (name, error)
+
+
+def largest_error(got, want):
+    """The largest difference; NaN, which is none, counts as infinite."""
+    return float((got.detach().double() - want.detach()).abs().nan_to_num(torch.inf).max())
