@@ -150,6 +150,32 @@ def kernels(
 
 
 @app.command()
+def roofline(
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="bfloat16, tf32 or float32 (three TF32 passes); may be repeated. Default: all."),
+    ] = None,
+    backward: Annotated[
+        bool | None, typer.Option("--backward/--forward", help="One direction only; default: both.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """What the LSTM's kernels should cost a time step on an H200: a model on paper, nothing is measured."""
+    from dataclasses import asdict
+
+    from gatematch.bench.predictions import roofline_table, run_roofline, summary
+    from gatematch.bench.roofline import DTYPES, H200
+
+    with one_sentence_errors():
+        where = ready("cpu", json)
+        rows = run_roofline(H200, tuple(dtype or DTYPES), backward)
+    show(roofline_table(H200, rows))
+    for line in summary(H200, rows):
+        typer.echo(line)
+    save(json, where, rows, model=asdict(H200))
+
+
+@app.command()
 def tune(
     device: Annotated[str, typer.Option(help="The GPU, as torch names it.")] = "cuda",
     filter: Annotated[
@@ -199,11 +225,11 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def save(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> None:
+def save(path: Path | None, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> None:
     from gatematch.bench.results import describe_machine, write_results
 
     if path is not None:
-        write_results(path, describe_machine(device), rows)
+        write_results(path, describe_machine(device) | more, rows)
         typer.echo(f"results: {path}")
 
 
@@ -226,7 +252,9 @@ def plot(
 def table(
     results: Annotated[
         list[Path],
-        typer.Argument(help="A results file of `answers`, `speed` or `kernels`, or several of `answers`."),
+        typer.Argument(
+            help="A results file of `answers`, `speed`, `kernels` or `roofline`, or several of `answers`."
+        ),
     ],
 ) -> None:
     """Print results as a Markdown table."""

@@ -39,8 +39,11 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
         return _speed(rows)
     if all(row["case"].startswith("kernels/") for row in rows):
         return _kernels(rows)
+    if all(row["case"].startswith("roofline/") for row in rows):
+        return _roofline(rows)
     raise ValueError(
-        f"results file {path} must come from answers, speed or kernels; there is no table for it"
+        f"results file {path} must come from answers, speed or kernels, or from roofline; "
+        "there is no table for it"
     )
 
 
@@ -60,6 +63,8 @@ def _source(meta: dict[str, Any]) -> tuple[str, str]:
         f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
         f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}"
     )
+    if "model" in meta:
+        where = f"A model of one {meta['model']['name']}, nothing measured, computed on {where}"
     return where, meta["command"]
 
 
@@ -117,4 +122,20 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
         products = [row["tensor_core_instructions"] for row in variants if row["tensor_core_products"]]
         instructions = f"{min(products)} to {max(products)}" if products else "none"
         lines.append(f"| {' | '.join(key)} | {registers} | {spills} | {shared / 1024:.0f} | {instructions} |")
+    return "\n".join(lines)
+
+
+def _roofline(rows: list[dict[str, Any]]) -> str:
+    """A line for each dtype, direction and H: the kernel for each batch size, and a wavefront's gain."""
+    batches = list(dict.fromkeys(row["shape"]["B"] for row in rows))
+    lines = [
+        f"| dtype | direction | H | {' | '.join(f'B {B}' for B in batches)} |",
+        "|" + "---|" * (3 + len(batches)),
+    ]
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for row in rows:
+        gain = f" ({row['wavefront']['gain']:.2f}x)" if row["wavefront"] else ""
+        cell = f"{row['chosen']} {row['us']:.2f}{gain}"
+        groups.setdefault((row["dtype"], row["pass"], row["shape"]["H"]), []).append(cell)
+    lines += [f"| {dtype} | {way} | {H} | {' | '.join(cells)} |" for (dtype, way, H), cells in groups.items()]
     return "\n".join(lines)
