@@ -27,12 +27,13 @@ def differentiable(
     """
     # Fresh aliases: one input may have been computed from another, and only the direct dependence counts.
     inputs = tuple(tensor.view_as(tensor) for tensor in inputs)
-    outputs = function(*inputs, *constants)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    pairs = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None and y.requires_grad]
-    found = torch.autograd.grad(
-        [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
-    )
+    with torch.autocast(inputs[0].device.type, enabled=False):  # as in the kernels
+        outputs = function(*inputs, *constants)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        pairs = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None and y.requires_grad]
+        found = torch.autograd.grad(
+            [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
+        )
     grads = iter(found)
     return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)

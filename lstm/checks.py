@@ -4,21 +4,18 @@
 is looked at closely. Every message names the argument, what was expected and what came.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from gatematch.kernels.launch import obstacle
+from .paths import transformed
 
 State = tuple[Tensor, Tensor]
-
-# The last four ask for one kernel.
-IMPLS = ("auto", "torch", "triton", "resident", "persistent", "step", "cluster")
 
 
 class Spec(NamedTuple):
@@ -238,31 +235,6 @@ def _sizes(x: Any, weight_ih: Tensor, weight_hh: Tensor, projected: bool = False
     return width if rows != 4 * H and width == rows else columns, H
 
 
-def transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, which the fused op cannot follow."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def check_impl_name(impl: str) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-
-
-def takes_kernels(x: Tensor, impl: str) -> bool:
-    """Whether the kernels compute a call. Raises ValueError if `impl` asks for them and they cannot."""
-    check_impl_name(impl)
-    if impl == "torch" or (impl == "auto" and not x.is_cuda):
-        return False
-    reason = obstacle(x)
-    if reason is None and transformed():
-        reason = "the kernels know nothing of torch.func and of forward-mode derivatives"
-    if reason is not None and impl != "auto":
-        raise ValueError(f"impl: {impl!r} cannot serve this call: {reason}; use 'auto' or 'torch'")
-    return reason is None
-
-
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
@@ -318,10 +290,16 @@ def check_lengths(lengths: Any, x: Tensor | PackedSequence, batch_first: bool) -
         either = "cpu" if device.type == "cpu" else f"{device} or cpu"
         raise ValueError(f"lengths: expected device {either}, got {lengths.device}")
     # Reading the values would wait for a device, and can be neither traced nor batched.
-    if B > 0 and lengths.is_cpu and not transformed() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in lengths.to(torch.int64).aminmax())
-        if low < 0 or high > T:
-            raise ValueError(f"lengths: expected values from 0 to T = {T}, got {low if low < 0 else high}")
+    if B > 0 and not transformed() and not torch.compiler.is_compiling():
+        values = lengths.to(torch.int64)
+        if lengths.is_cpu:
+            low, high = (int(bound) for bound in values.aminmax())
+            if low < 0 or high > T:
+                raise ValueError(
+                    f"lengths: expected values from 0 to T = {T}, got {low if low < 0 else high}"
+                )
+        elif os.environ.get("GATEMATCH_DEBUG") == "1":
+            torch._assert_async(((values >= 0) & (values <= T)).all())
 
 
 def check_tensor(name: str, value: Any, alternative: str = "") -> None:

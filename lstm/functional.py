@@ -23,12 +23,10 @@ from .checks import (
     check_call,
     check_cell,
     check_dropout,
-    check_impl_name,
     check_lengths,
     fits,
-    takes_kernels,
-    transformed,
 )
+from .paths import takes_kernels, transformed
 from .reference import lstm_cell_reference, lstm_reference, scatter_rows
 
 
@@ -103,7 +101,7 @@ def lstm_cell(
         x: (B, I) or (I,).
         hx: h and c, (B, H) each, (H,) for an unbatched x; zeros if None.
         weight_ih, weight_hh, bias_ih, bias_hh: (4H, I), (4H, H), (4H,) and (4H,); both biases or none.
-        impl: "auto", "torch" or "triton", as for `lstm`; the kernel of one step is "step".
+        impl: "auto", "torch" or "triton", as for `lstm`, or "step", the only kernel of a single step.
 
     Returns:
         The next h and c, shaped as hx.
@@ -116,17 +114,16 @@ def lstm_cell(
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     # Look closely before the reference, which promotes where torch's op refuses.
-    check_impl_name(impl)
     functional = transformed()
     if functional or not cell_fits(x, weights, hx):
         check_cell(x, weights, hx)
-    by_kernel = takes_kernels(x, impl) and x.numel() > 0
+    by_kernel = takes_kernels(x, impl, ("step",)) and x.numel() > 0
     if unbatched := x.dim() == 1:
         x = x.unsqueeze(0)
         hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
     if hx is None:
-        shape = x.shape[0], weight_hh.shape[1]
-        hx = (x.new_zeros(shape), x.new_zeros(shape))  # the compiler wants two
+        zeros = x.new_zeros(x.shape[0], weight_hh.shape[1])
+        hx = (zeros, zeros)
     if by_kernel:
         h, c = _kernels().kernel_cell(x, hx, weights)
     elif functional:
@@ -153,7 +150,6 @@ def run(
     impl: str,
 ) -> tuple[Any, ...]:
     """`lstm` with the parameters as a list in the order of `spec.names`; the module's way in."""
-    check_impl_name(impl)
     check_bool("return_cells", return_cells)
     if not fits(x, weights, spec, hx, batch_first):
         check_call(x, weights, spec, hx, batch_first)
@@ -214,13 +210,14 @@ def _run_packed(
     by_kernels = takes_kernels(data, impl)
     if by_kernels or return_cells or transformed():
         valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
-        index = valid.flatten().nonzero().squeeze(1).to(data.device)
+        index = valid.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
         padded = scatter_rows(data, index, valid.shape)
         call = (padded, weights, spec, hx, valid.sum(0), dropout, training, index)
         y, h_n, c_n, c = (
             _kernels().kernel_stack(*call, return_cells, impl) if by_kernels else _reference(*call)
         )
-        outputs = [tensor.flatten(0, 1).index_select(0, index) for tensor in (y, c)][: 1 + return_cells]
+        chosen = (y, c)[: 1 + return_cells]
+        outputs = [tensor.flatten(0, 1).index_select(0, index) for tensor in chosen]
     else:
         options = _options(data, spec, dropout, training)
         y, h_n, c_n = torch.lstm(data, batch_sizes, hx, weights, *options)

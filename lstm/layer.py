@@ -20,6 +20,7 @@ the caller.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ from .selection import Layer, launch
 
 MULTIPLE = 16
 _RNN: Any = torch.backends.cudnn.rnn
-_CUDA: Any = torch.backends.cuda.matmul
+_MATMUL: Any = torch.backends.cuda.matmul
 
 
 def precision() -> str:
@@ -39,18 +40,40 @@ def precision() -> str:
     return "tf32" if _RNN.fp32_precision == "tf32" else "float32"
 
 
+class _Switch:
+    """torch's process-wide switch of the precision of float32 products, while somebody needs it.
+
+    Backward passes run in threads of their own: the first that comes sets it, the last that goes resets it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = _MATMUL.fp32_precision
+                _MATMUL.fp32_precision = "tf32" if precision() == "tf32" else "ieee"
+            self._users += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                # What is read may be the precision of all of torch: not to be pinned down here.
+                inherited = self._before == torch.backends.fp32_precision
+                _MATMUL.fp32_precision = "none" if inherited else self._before
+
+
+_SWITCH = _Switch()
+
+
 @contextlib.contextmanager
 def products(x: Tensor) -> Iterator[None]:
     """Library products in the precision of the recurrence, whatever autocast and matmul's switches say."""
-    with torch.autocast(x.device.type, enabled=False):
-        if not x.is_cuda or x.dtype != torch.float32:
-            yield
-            return
-        before, _CUDA.fp32_precision = _CUDA.fp32_precision, "tf32" if precision() == "tf32" else "ieee"
-        try:
-            yield
-        finally:
-            _CUDA.fp32_precision = before
+    switch = _SWITCH if x.is_cuda and x.dtype == torch.float32 else contextlib.nullcontext()
+    with torch.autocast(x.device.type, enabled=False), switch:
+        yield
 
 
 class _Direction:
@@ -62,7 +85,7 @@ class _Direction:
         self.biases = others
         self.hidden_size = self.weight_hh.shape[0] // 4
 
-    def _filled(self, gates: Tensor, columns: int = 0) -> Tensor:
+    def fill(self, gates: Tensor, columns: int = 0) -> Tensor:
         """(4H, ...) with H, and the columns, filled up."""
         rows = -self.hidden_size % MULTIPLE
         if rows == columns == 0:
@@ -71,17 +94,17 @@ class _Direction:
         return pad(gates.unflatten(0, (4, self.hidden_size)), sides).flatten(0, 1)
 
     def input_weight(self) -> Tensor:
-        return self._filled(self.weight_ih)
+        return self.fill(self.weight_ih)
 
     def bias(self) -> Tensor | None:
-        return self._filled(self.biases[0] + self.biases[1]) if self.biases else None
+        return self.fill(self.biases[0] + self.biases[1]) if self.biases else None
 
     def recurrent_weight(self) -> Tensor:
         """W_hh, or W_hh W_hr with a projection."""
         weight = self.weight_hh
         if self.weight_hr is not None:
             weight = (weight.float() @ self.weight_hr.float()).to(weight.dtype)
-        return self._filled(weight, -self.hidden_size % MULTIPLE)
+        return self.fill(weight, -self.hidden_size % MULTIPLE)
 
 
 def _directions(weights: list[Tensor], N: int, projected: bool) -> list[_Direction]:
@@ -90,7 +113,8 @@ def _directions(weights: list[Tensor], N: int, projected: bool) -> list[_Directi
 
 
 def _filled(state: Tensor, H: int) -> Tensor:
-    return pad(state, (0, H - state.shape[-1])).contiguous()
+    missing = H - state.shape[-1]
+    return pad(state, (0, missing)) if missing else state.contiguous()
 
 
 def _cut(x: Tensor, groups: int, H: int) -> Tensor:
@@ -107,7 +131,7 @@ def _first_steps(x: Tensor, d: int, lengths: Tensor | None) -> Tensor:
 
 def _last(lengths: Tensor, T: int) -> Tensor:
     """The time of each row's last valid step, 0 for rows of length 0."""
-    return (lengths.long().clamp(1, T) - 1).to(lengths.device)
+    return lengths.long().clamp(1, T) - 1
 
 
 def sizes(x: Tensor, weights: list[Tensor]) -> tuple[int, int, int, int]:
@@ -144,7 +168,7 @@ def forward(
             else:
                 torch.addmm(bias, rows, weight.T, out=out)
             if projected:
-                _add_to_first_steps(z[d], d, lengths, h_0[d] @ direction._filled(direction.weight_hh).T)
+                _add_to_first_steps(z[d], d, lengths, h_0[d] @ direction.fill(direction.weight_hh).T)
         start = h_0.new_zeros(N, B, filled) if projected else _filled(h_0, filled)
         m, h_n, c_n, cells = launch(
             impl,
@@ -208,11 +232,13 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x, h_0, c_0 and the weights, None where not wanted."""
     N = len(h_0)
-    _, _, H, filled = sizes(x, weights)
+    T, _, H, filled = sizes(x, weights)
     layer, directions = _layer_of(x, filled), _directions(weights, N, projected)
     g_h_n = torch.zeros_like(h_0) if g_h_n is None else g_h_n
     g_c_n = torch.zeros_like(c_0) if g_c_n is None else g_c_n
     with products(x):
+        if projected and lengths is not None and g_y is not None:  # anything may stand past the lengths
+            g_y = g_y.masked_fill((torch.arange(T, device=x.device)[:, None] >= lengths)[..., None], 0)
         g_m, g_m_n = g_y, g_h_n
         if projected:
             g_m = None if g_y is None else _from_projection(g_y, filled, directions)
@@ -287,18 +313,18 @@ def _weight_gradients(
     grads: list[Tensor | None] = [flat.T @ x.flatten(0, 1) if need[0] else None]
     recurrent = None
     if need[1]:
+        if lengths is not None:  # rows of length 0 take no step, whatever their state
+            h_0 = torch.where((lengths > 0)[:, None], h_0, 0)
         recurrent = _first_steps(dz, d, lengths).T @ h_0
         before = y[sooner, :, d * width : (d + 1) * width].flatten(0, 1)
         recurrent.addmm_(dz[later].flatten(0, 1).T, before)
     grads.append(recurrent)
     if direction.biases:
-        bias = flat.sum(0)
-        grads += [bias, bias.clone()]
+        bias = flat.sum(0) if need[2] or need[3] else None
+        grads += [bias, None if bias is None else bias.clone()]
     if m is not None and need[-1]:
         # Of h: what comes from y, from the next step and from h_n.
-        dh = dz.new_zeros(T, B, width)
-        if g_y is not None:
-            dh += g_y[..., d * width : (d + 1) * width]
+        dh = dz.new_zeros(T, B, width) if g_y is None else g_y[..., d * width : (d + 1) * width].clone()
         dh[sooner] += dz[later] @ direction.weight_hh
         if d == 1:
             dh[0] += g_h_n

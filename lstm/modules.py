@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .checks import Spec, State, check_bool, check_dropout, check_impl_name
+from .checks import Spec, State, check_bool, check_dropout
 from .functional import lstm_cell, run
+from .paths import check_impl_name
 
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -27,7 +28,7 @@ class LSTM(nn.Module):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
             dtype: as in torch.nn.LSTM.
-        impl: "auto", "torch" or "triton", as in `gatematch.lstm.lstm`.
+        impl: "auto", "torch", "triton" or a kernel's name, as in `gatematch.lstm.lstm`.
 
     Raises:
         TypeError, ValueError: as torch.nn.LSTM does, and for a `bidirectional` that is no bool or an unknown
@@ -159,7 +160,7 @@ class LSTMCell(nn.Module):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in torch.nn.LSTMCell.
-        impl: "auto", "torch" or "triton", as in `gatematch.lstm.lstm_cell`.
+        impl: "auto", "torch", "triton" or "step", as in `gatematch.lstm.lstm_cell`.
     """
 
     def __init__(

@@ -113,6 +113,11 @@ def _(
     return [x.new_empty(tensor.shape if want else 0) for tensor, want in zip(inputs, wanted, strict=True)]
 
 
+def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same; under torch.compile as views, since it refuses one tensor (a tied weight) in two places."""
+    return tuple(tensor.view_as(tensor) for tensor in tensors) if torch.compiler.is_compiling() else tensors
+
+
 def lstm_layer(
     x: Tensor,
     h_0: Tensor,
@@ -128,12 +133,15 @@ def lstm_layer(
     What a backward pass needs is written only where there may be one.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *weights)):
+        x, h_0, c_0, *weights = _distinct(x, h_0, c_0, *weights)
         y, h_n, c_n, cells = LSTMLayer.apply(projected, impl, x, h_0, c_0, lengths, *weights)
     else:
         y, h_n, c_n, cells, *_ = layer_op(x, h_0, c_0, lengths, weights, projected, impl, with_cells)
     if not with_cells:
         return y, h_n, c_n, None
-    return y, h_n, c_n, cells[..., : c_0.shape[2]].permute(1, 2, 0, 3).flatten(2).to(x.dtype)
+    # A copy always: the backward pass needs cells as they are.
+    c = cells[..., : c_0.shape[2]].permute(1, 2, 0, 3)
+    return y, h_n, c_n, c.to(x.dtype, copy=True, memory_format=torch.contiguous_format).flatten(2)
 
 
 def _reference(x: Tensor, h_0: Tensor, c_0: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,7 +212,7 @@ def cell_op(
 
 @cell_op.register_fake
 def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    gates = x.new_empty(len(x), 4 * c.shape[1]) if save else x.new_empty(0)
+    gates = x.new_empty(x.shape[0], 4 * c.shape[1]) if save else x.new_empty(0)
     return x.new_empty(h.shape), x.new_empty(c.shape), gates
 
 
@@ -232,8 +240,8 @@ def cell_backward_op(
             dz.T @ h if wanted[4] else None,
         ]
         if len(weights) == 4:
-            bias = dz.sum(0)
-            grads += [bias, bias.clone()]
+            bias = dz.sum(0) if any(wanted[5:]) else None
+            grads += [bias, None if bias is None else bias.clone()]
     return [_or_empty(grad if want else None, x) for grad, want in zip(grads, wanted, strict=True)]
 
 
@@ -255,7 +263,7 @@ def _(
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The next h and c of x (B, I), h and c (B, H)."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h, c, *weights)):
-        h, c = LSTMCell.apply(x, h, c, *weights)
+        h, c = LSTMCell.apply(*_distinct(x, h, c, *weights))
     else:
         h, c, _ = cell_op(x, h, c, weights, False)
     return h, c

@@ -16,12 +16,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from triton.errors import TritonError
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from gatematch.kernels.config import architecture
 from gatematch.kernels.recurrence import processors
 
-KERNELS = ("resident", "persistent", "step", "cluster")
+from .paths import KERNELS
+
 _log = logging.getLogger("gatematch")
 
 
@@ -82,8 +84,10 @@ def launch(impl: str, layer: Layer, backward: bool, *args: Any, **options: Any) 
     run = "backward" if backward else "forward"
     try:
         return getattr(_module(kernel), run)(*args, **options)
-    except (TritonError, RuntimeError) as error:
-        if named or kernel == "step" or isinstance(error, torch.OutOfMemoryError):
+    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+        # The first launch fails or none: nothing is written yet. Only one RuntimeError is about the launch.
+        refused = not isinstance(error, RuntimeError) or "cooperative launch" in str(error)
+        if named or kernel == "step" or not refused:
             raise
         _log.warning(
             "the LSTM's %s kernel cannot be launched for %s, step takes it: %s", kernel, layer, error

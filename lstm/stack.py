@@ -31,10 +31,13 @@ def kernel_stack(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, h_n, c_n and, with `return_cells`, the last layer's c; x (T, B, I)."""
     x, h_0, c_0, *weights = _cast(x, *hx, *weights)
+    x = x.contiguous()
     if lengths is not None:
-        lengths = lengths.to(x.device, non_blocking=True).contiguous()
+        # Two types suffice, so that kernels are compiled for no more.
+        wide = lengths.dtype in (torch.int64, torch.uint32, torch.uint64)
+        lengths = lengths.to(x.device, torch.int64 if wide else torch.int32, non_blocking=True).contiguous()
         # Anything may stand past them, and products over all steps would take it in: 0 times NaN is NaN.
-        x = x.masked_fill((torch.arange(len(x), device=x.device)[:, None] >= lengths)[..., None], 0)
+        x = x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None], 0)
     N = 1 + spec.bidirectional
     size = len(weights) // spec.num_layers
     h_n, c_n = [], []

@@ -1,6 +1,7 @@
 """What the LSTM kernels promise, as checks against float64 on the same inputs, on any device."""
 
 import copy
+from collections import Counter
 
 import torch
 
@@ -47,8 +48,37 @@ def check_layer(
 ):  # fmt: skip
     """Every result and gradient: at most twice torch.nn.LSTM's error, or 4 ulp of the largest value.
 
-    With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp.
+    With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. A result of few numbers,
+    each a sum of few, may cancel, in ours or in torch's: there the largest of several draws are compared.
     """
+    ours, theirs, sizes, peers = Counter(), Counter(), Counter(), []
+    for _ in range(8 if H < 16 else 1):
+        got, want, peer = draw(
+            T, B, I, H, dtype, impl, N, L, P, bias, with_lengths, upstream, batch_first, device
+        )
+        for name, value in got.items():
+            assert value.dtype == dtype and value.shape == want[name].shape, name
+            ours[name] = max(ours[name], largest_error(value, want[name]))
+            sizes[name] = max(sizes[name], float(want[name].detach().abs().max()))
+        peers.append((peer, want))
+    wrong = exceeded(ours, sizes, dtype, upstream)
+    if wrong and "c" not in upstream:
+        for peer, want in peers:
+            for name, value in peer().items():
+                if value is not None:
+                    theirs[name] = max(theirs[name], largest_error(value, want[name]))
+    for name in wrong:
+        assert ours[name] <= 2 * theirs[name], (name, ours[name], theirs[name], sizes[name])
+
+
+def exceeded(errors, sizes, dtype, upstream):
+    """The results that are off by more than a few ulp."""
+    ulp = (8 if "c" in upstream else 4) * torch.finfo(dtype).eps
+    return [name for name, error in errors.items() if not error <= ulp * sizes[name]]
+
+
+def draw(T, B, I, H, dtype, impl, N, L, P, bias, with_lengths, upstream, batch_first, device):
+    """The results of one random layer, those in float64, and a function that gives torch's."""
     model = LSTM(
         I, H, L, bias, batch_first, bidirectional=N == 2, proj_size=P, device=device, dtype=dtype, impl=impl
     )
@@ -68,21 +98,16 @@ def check_layer(
     def exact():
         return lstm_reference(exact_x, exact_params, tuple(exact_hx), lengths=lengths)
 
-    shapes = dict(zip(("y", "h_n", "c_n", "c"), (lambda y, s, c: (y, *s, c))(*exact()), strict=True))
+    y, (h_n, c_n), c = exact()
+    shapes = {"y": y, "h_n": h_n, "c_n": c_n, "c": c}
     g = {name: torch.randn_like(shapes[name]).to(dtype) for name in upstream}
-    want = results(exact, exact_x, exact_hx, exact_params, {name: v.double() for name, v in g.items()})
+    if lengths is not None and "y" in g:  # nor is what comes back there
+        g["y"][torch.arange(T, device=device)[:, None] >= lengths] = torch.nan
+    exact_g = {name: value.double().nan_to_num() for name, value in g.items()}
+    want = results(exact, exact_x, exact_hx, exact_params, exact_g)
     got = results(ours, x, hx, dict(model.named_parameters()), g)
-    peer = None
-    for name, value in got.items():
-        assert value.dtype == dtype and value.shape == want[name].shape, name
-        error = largest_error(value, want[name])
-        ulps = 8 if "c" in g else 4
-        if error <= ulps * torch.finfo(dtype).eps * float(want[name].detach().abs().max()):
-            continue
-        assert name != "c" and "c" not in g, (name, error)
-        if peer is None:
-            peer = of_torch(model, x, hx, lengths, g)
-        assert error <= 2 * largest_error(peer[name], want[name]), (name, error)
+    g = {name: value.nan_to_num() for name, value in g.items() if name != "c"}
+    return got, want, lambda: of_torch(model, x, hx, lengths, g)
 
 
 def largest_error(got, want):

@@ -31,7 +31,7 @@ def shipped_dtypes():
     for arch in ARCHITECTURES:
         for kernel in LAUNCHES:
             for dtype in ("float32", "bfloat16", "float16"):
-                # Recurrent kernels have a binary for each hidden size: test_lstm_compile.py has the quick ones.
+                # Recurrent kernels have one for each hidden size: test_lstm_compile.py has the quick ones.
                 quick = arch == "sm_90" and dtype == "float32" and not kernel.startswith("lstm_")
                 slow = () if quick else pytest.mark.slow
                 if kernel in config.entries(arch):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from triton.runtime.errors import InterpreterError, OutOfResources
 
 from gatematch.kernels import cooperative as launching
 from gatematch.kernels import lstm_persistent, lstm_resident
-from gatematch.lstm import LSTM, LSTMCell, ops, selection
+from gatematch.lstm import LSTM, LSTMCell, layer, ops, selection
 from gatematch.lstm.reference import cell_update, lstm_cell_reference
 
 torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def steps(kernel):
 
 
 def served(kernel, H, dtype):
-    return kernel != "resident" or (32 if dtype == torch.float32 else 128) >= H
+    return selection.serves(kernel, selection.Layer(H + -H % 16, dtype, "float32", torch.device("cpu")), True)
 
 
 def cases():
@@ -66,7 +67,7 @@ def test_values_and_gradients(kernel, dtype, H, B):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_lengths(kernel, dtype):
     with steps(kernel):
-        check_layer(4, 5, 7, 31, dtype, impl=kernel, with_lengths=False)
+        check_layer(4, 5, 7, 33, dtype, impl=kernel, with_lengths=False)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -91,13 +92,16 @@ def test_gradients_that_come_from_some_results_only(kernel, with_lengths, upstre
         {"T": 1},
         {"T": 1, "with_lengths": False},
         {"B": 1},
+        {"P": 5, "dtype": torch.bfloat16},
+        {"P": 5, "dtype": torch.float16, "L": 2},
     ],
     ids=str,
 )
 def test_what_else_a_layer_can_be(kernel, options):
-    options = {"T": 3, "B": 4, "with_lengths": True, **options}
+    options = {"T": 3, "B": 4, "dtype": torch.float32, "with_lengths": True, **options}
+    T, B, dtype = (options.pop(name) for name in ("T", "B", "dtype"))
     with steps(kernel):
-        check_layer(options.pop("T"), options.pop("B"), 6, 18, torch.float32, impl=kernel, **options)
+        check_layer(T, B, 6, 18, dtype, impl=kernel, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,20 +169,24 @@ def test_tf32_is_that_of_the_tensor_cores(kernel, H):
     assert largest_error(got, want) <= 2.5 * largest_error(rough, want)
 
 
+@pytest.mark.parametrize("return_cells", [False, True])
 @pytest.mark.parametrize("enforce_sorted", [False, True])
-def test_packed_sequences(enforce_sorted):
+def test_packed_sequences(enforce_sorted, return_cells):
     lengths = torch.tensor([5, 4, 4, 1] if enforce_sorted else [4, 1, 5, 4])
-    model = LSTM(3, 17, 2, bidirectional=True, impl="step")
+    model = LSTM(3, 17, 2, bidirectional=True, dropout=0.5)
     x = torch.randn(5, 4, 3)
     packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
     hx = torch.randn(4, 4, 17), torch.randn(4, 4, 17)
-    y, states, c = model(packed, hx, return_cells=True)
-    model.impl = "torch"
-    want, want_states, want_c = model(packed, hx, return_cells=True)
-    torch.testing.assert_close(y.data, want.data)
-    torch.testing.assert_close(c.data, want_c.data)
-    torch.testing.assert_close(states, want_states)
-    assert torch.equal(y.batch_sizes, want.batch_sizes)
+    found = []
+    for impl in ("step", "torch"):
+        model.impl = impl
+        torch.manual_seed(0)  # dropout is drawn for the packed rows
+        y, states, *cells = model(packed, hx, return_cells=return_cells)
+        total = y.data.square().sum() + sum(state.sin().sum() for state in states)
+        grads = torch.autograd.grad(total, list(model.parameters()))
+        found.append([y.data, *states, *(c.data for c in cells), *grads])
+        assert torch.equal(y.batch_sizes, packed.batch_sizes) and len(cells) == return_cells
+    torch.testing.assert_close(*found)
 
 
 def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
@@ -459,11 +467,24 @@ def test_a_kernel_that_cannot_be_launched_is_replaced_once(monkeypatch, caplog):
         model(x)
 
 
+def test_errors_that_are_not_about_the_launch_are_not_hidden(monkeypatch):
+    def failing(*args, **kwargs):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(lstm_resident, "forward", failing)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        LSTM(3, 16, impl="triton")(torch.randn(2, 3, 3))
+
+
 def test_a_named_kernel_that_cannot_serve_says_so():
     with pytest.raises(ValueError, match=r"impl: 'resident' cannot serve hidden_size 304 in torch\.float32"):
         LSTM(3, 300, impl="resident")(torch.randn(2, 3, 3))
     with pytest.raises(ValueError, match=r"impl: 'triton' cannot serve this call: .* torch.func"):
         torch.func.vmap(LSTM(3, 16, impl="triton"))(torch.randn(2, 2, 3, 3))
+    with pytest.raises(
+        ValueError, match="impl: 'resident' cannot serve this call: the kernels for it are step"
+    ):
+        LSTMCell(3, 16, impl="resident")(torch.randn(2, 3))
     with pytest.raises(ValueError, match="impl: 'step' cannot serve this call: the kernels take float32"):
         LSTM(3, 16, dtype=torch.float64, impl="step")(torch.randn(2, 3, 3, dtype=torch.float64))
 
@@ -477,3 +498,106 @@ def test_nan_stays_in_its_row():
     rows = torch.arange(17) != 4
     assert not y[:, rows].isnan().any() and not c_n[:, rows].isnan().any()
     assert y[1:, 4].isnan().all() and not y[0, 4].isnan().any() and h_n[0, 4].isnan().all()
+
+
+def test_the_state_of_a_row_without_steps_is_never_looked_at():
+    model, x = LSTM(3, 16, bidirectional=True, proj_size=4, impl="step"), torch.randn(4, 3, 3)
+    h, c, lengths = torch.randn(2, 3, 4), torch.randn(2, 3, 16), torch.tensor([4, 0, 2])
+    grads = []
+    for value in (0.0, torch.nan):
+        h[:, 1] = c[:, 1] = value
+        y, (h_n, c_n) = model(x, (h, c), lengths)
+        grads.append(torch.autograd.grad(y.sum() + h_n[:, ::2].sum(), list(model.parameters())))
+        assert torch.equal(h_n[:, 1], h[:, 1]) or (h_n[:, 1].isnan().all() and c_n[:, 1].isnan().all())
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+)
+def test_lengths_of_any_integer_type(dtype):
+    model, x, lengths = LSTM(3, 16, impl="step"), torch.randn(4, 3, 3), torch.tensor([4, 0, 2])
+    assert torch.equal(model(x, lengths=lengths.to(dtype))[0], model(x, lengths=lengths.int())[0])
+
+
+def test_cell_states_are_the_callers_own():
+    model, x = LSTM(3, 16, impl="step"), torch.randn(4, 3, 3)
+    y, _, c = model(x, return_cells=True)
+    c.detach().zero_()
+    y.sum().backward()
+
+
+def test_tied_weights_under_a_compiler():
+    model, x = LSTM(16, 16, impl="step"), torch.randn(3, 2, 16)
+    model.weight_ih_l0 = model.weight_hh_l0
+    cell, h = LSTMCell(16, 16, impl="triton"), torch.randn(2, 16)
+    inputs = [*model.parameters(), *cell.parameters()]
+
+    def total():
+        return model(x)[0].square().sum() + sum(state.square().sum() for state in cell(h, (h, h)))
+
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(), inputs), torch.autograd.grad(total(), inputs))
+
+
+def test_one_compilation_serves_all_lengths():
+    model, cell = LSTM(3, 16, impl="step"), LSTMCell(3, 16, impl="triton")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def function(x, lengths):
+        return model(x, lengths=lengths)[0].sum() + cell(x[0])[0].sum()
+
+    for T, B in ((5, 2), (6, 4), (7, 8), (11, 9)):
+        function(torch.randn(T, B, 3), torch.randint(0, T + 1, (B,))).backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("module", [LSTM, LSTMCell])
+def test_transforms_in_what_is_compiled_never_reach_the_kernels(module, trainable):
+    """There they would give zeros. What asks for the kernels raises, and "auto" takes the reference."""
+    model = module(3, 16, impl="triton").requires_grad_(trainable)
+    x = torch.randn(2, 4, 3) if module is LSTM else torch.randn(4, 3)
+
+    def output(x):
+        return model(x)[0].square().sum()
+
+    for transform in (
+        lambda x: torch.func.grad(output)(x),
+        lambda x: torch.func.jvp(output, (x,), (torch.ones_like(x),))[1],
+        lambda x: torch.func.vmap(output)(x[None]),
+    ):
+        with pytest.raises(Exception, match=r"know nothing of torch\.func"):
+            torch.compile(transform, backend="aot_eager")(x)
+        torch._dynamo.reset()
+
+
+def test_precision_of_products_is_restored_whoever_ends_last(monkeypatch):
+    matmul = SimpleNamespace(fp32_precision="none")
+    monkeypatch.setattr(layer, "_MATMUL", matmul)
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    first, second = layer._SWITCH, layer._SWITCH
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert matmul.fp32_precision == "tf32"
+    second.__exit__()
+    assert matmul.fp32_precision == "none"
+    matmul.fp32_precision = "ieee"
+    with layer._SWITCH:
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == "ieee"
+
+
+def test_second_derivatives_are_exact_under_autocast():
+    model, x = LSTM(3, 16, impl="step"), torch.randn(3, 2, 3, requires_grad=True)
+
+    def slope():
+        return torch.autograd.grad(model(x)[0].square().sum(), x, create_graph=True)[0]
+
+    want = slope()
+    y = model(x)[0].square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(y, x, create_graph=True)
+    torch.testing.assert_close(got, want)
