@@ -10,15 +10,16 @@ PIP_ARGS ?=
 # More options of the command, as in: make bench ARGS=--resume
 ARGS ?=
 
-.PHONY: help bench speed check kernels test test-all newest lint gpu clean
+.PHONY: help bench speed check kernels roofline test test-all slow newest lint gpu clean
 
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
 	@echo "make test      the tests (under 10 minutes on 2 cores)"
-	@echo "make test-all  with the slow ones"
+	@echo "make test-all  with the slow ones; make slow: those alone"
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
 	@echo "make kernels   what each kernel compiles to, per architecture: registers, spills, tensor-core instructions"
+	@echo "make roofline  what a step of the LSTM should cost on an H200, on paper"
 	@echo "make newest    the kernels compiled with the newest Triton, beside the one in constraints.txt"
 	@echo "make lint      ruff, and mypy on the installed package"
 	@echo "make gpu       the CUDA tests, on a machine that has torch, triton, numpy, pytest and setuptools"
@@ -53,16 +54,25 @@ check: $(VENV)/for-bench
 kernels: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench kernels --json $(OUT)/kernels.json $(ARGS)
 
+# Two processes of one thread each: most tests wait for one thread of a compiler or of an interpreter.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
 test: $(VENV)/for-test
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/for-test
-	$(RUN) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
+
+slow: $(VENV)/for-test
+	$(PYTEST) -m "slow and not gpu"
+
+roofline: $(VENV)/for-bench
+	$(RUN) -m gatematch.bench roofline --json $(OUT)/roofline.json $(ARGS)
 
 newest: $(VENV)/for-test
 	rm -rf $(VENV)/newest
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(VENV)/newest triton
-	PYTHONPATH=$(VENV)/newest $(RUN) -m pytest -rs -m "not slow" tests/test_kernels_compile.py
+	PYTHONPATH=$(VENV)/newest $(RUN) -m pytest -rs -m "not slow" tests/test_kernels_compile.py tests/test_lstm_cluster.py
 
 lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .

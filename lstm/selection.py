@@ -1,6 +1,6 @@
 """Which kernel computes a layer.
 
-    resident     H up to 128 in 16 bits, 64 in float32: W_hh fits one multiprocessor, nobody waits for others
+    resident     H up to 128 in 16 bits, 64 in float32, what fits one multiprocessor: nobody waits for others
     persistent   beyond: W_hh is spread over the chip, one wait of all for all in every step
     step         whatever neither can serve, one launch a step: any H, and where another could not be launched
     cluster      never chosen; `impl="cluster"` asks for it (forward)

@@ -177,6 +177,7 @@ def test_lstm_cell(B, I, H, dtype, rnn_precision):
 
 @pytest.mark.parametrize("kernel", LSTM_KERNELS)
 def test_lstm_gives_the_same_bits_in_every_run(kernel):
+    skip_unless_served(kernel, 128, torch.bfloat16)
     model = LSTM(64, 128, bidirectional=True, dtype=torch.bfloat16, impl=kernel).cuda()
     x = torch.randn(40, 50, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     lengths = lstm_lengths(40, 50, "cuda")
@@ -191,7 +192,9 @@ def test_lstm_gives_the_same_bits_in_every_run(kernel):
 
 @pytest.mark.parametrize("kernel", LSTM_KERNELS)
 def test_lstm_can_be_captured_in_a_graph(kernel):
-    model = LSTM(64, 256 if kernel != "resident" else 64, dtype=torch.float16, impl=kernel).cuda()
+    H = 64 if kernel == "resident" else 256
+    skip_unless_served(kernel, H, torch.float16)
+    model = LSTM(64, H, dtype=torch.float16, impl=kernel).cuda()
     x = torch.randn(30, 16, 64, device="cuda", dtype=torch.float16)
     with torch.no_grad():
         want = model(x)[0]
@@ -206,14 +209,27 @@ def test_lstm_can_be_captured_in_a_graph(kernel):
 
 
 def test_lstm_does_not_wait_for_the_device(rnn_precision):
-    model = LSTM(64, 256, 2, bidirectional=True, impl="triton").cuda()
+    model = LSTM(64, 256, 2, bidirectional=True, proj_size=32, impl="triton").cuda()
     x, lengths = torch.randn(30, 16, 64, device="cuda"), lstm_lengths(30, 16, "cuda")
-    model(x, lengths=lengths)[0].sum().backward()  # compiled
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.arange(30, 14, -1))
+
+    def calls():
+        y, _, c = model(x, lengths=lengths, return_cells=True)
+        (y.sum() + c.sum() + model(packed)[0].data.sum()).backward()
+
+    calls()  # what is to be compiled is
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(x, lengths=lengths)[0].sum().backward()
+        calls()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"L": 3}, {"P": 40}, {"P": 40, "with_lengths": False, "L": 2}], ids=str)
+def test_what_else_an_lstm_can_be(options, dtype, rnn_precision):
+    rnn_precision("ieee")
+    check_layer(20, 17, 33, 300, dtype, impl="triton", device="cuda", **options)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
