@@ -1,6 +1,7 @@
 """The LSTM kernels in Triton's interpreter, against float64 on the same inputs."""
 
 import contextlib
+import dataclasses
 import itertools
 import random
 from types import SimpleNamespace
@@ -14,8 +15,8 @@ from lstm_contract import DTYPES, check_layer, largest_error, lengths_of
 from torch.nn.utils.rnn import pack_padded_sequence
 from triton.runtime.errors import InterpreterError, OutOfResources
 
+from gatematch.kernels import config, lstm_persistent, lstm_resident
 from gatematch.kernels import cooperative as launching
-from gatematch.kernels import lstm_persistent, lstm_resident
 from gatematch.lstm import LSTM, LSTMCell, layer, ops, selection
 from gatematch.lstm.reference import cell_update, lstm_cell_reference
 
@@ -601,3 +602,22 @@ def test_second_derivatives_are_exact_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         (got,) = torch.autograd.grad(y, x, create_graph=True)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("resident", [0, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_do_not_fit_are_read_again(dtype, resident, monkeypatch):
+    """Some columns of W stay, chunk by chunk, one of them ahead of the product; the others are streamed."""
+    choose = config.choose
+
+    def small(kernel, *args):
+        tile = choose(kernel, *args)
+        columns = 4 * resident if kernel.endswith("bwd") else resident
+        if dtype == torch.float32:
+            columns *= 2  # it is halved for two parts
+        blocks = {**tile.blocks, "BLOCK_K": 64, "AHEAD": 1, "RESIDENT": columns}
+        return dataclasses.replace(tile, blocks=blocks)
+
+    monkeypatch.setattr(config, "choose", small)
+    with cooperative(seed=random.randrange(1000)):
+        check_layer(3, 5, 4, 175, dtype, impl="persistent")
