@@ -188,6 +188,22 @@ def _backward_of(kernels: ModuleType) -> Callable[[Sample], Launch]:
     return launch
 
 
+def _lstm_step_fwd(sample: Sample) -> Launch:
+    """A sequence, and a step of the cell, without biases where there is nothing to train."""
+    sequence, x = _forward_of(lstm_step)(sample), _Sequence.of(sample)
+    H = sample.shape["H"]
+    biases = (sample.normal(4 * H), sample.normal(4 * H)) if sample.training else (None, None)
+    cell = x.h_0[1], x.weights[0], x.weights[1], *biases, x.h_0[0], x.c_0[0]
+    options = {"precision": sample.precision, "save": sample.training}
+    return lambda: (*sequence(), *lstm_step.cell_forward(*cell, **options))
+
+
+def _lstm_step_bwd(sample: Sample) -> Launch:
+    sequence, x = _backward_of(lstm_step)(sample), _Sequence.of(sample)
+    gates = torch.sigmoid(x.z[0, 0])
+    return lambda: (*sequence(), *lstm_step.cell_gradient(gates, None, x.c_0[0], x.h_0[0], x.c_0[1]))
+
+
 # For each kernel what makes its inputs and returns the call that launches it, and no other kernel. A new
 # kernel needs a line here and entries in kernels/configs.
 LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
@@ -202,8 +218,8 @@ LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
     "lstm_resident_bwd": _backward_of(lstm_resident),
     "lstm_persistent_fwd": _forward_of(lstm_persistent),
     "lstm_persistent_bwd": _backward_of(lstm_persistent),
-    "lstm_step_fwd": _forward_of(lstm_step),
-    "lstm_step_bwd": _backward_of(lstm_step),
+    "lstm_step_fwd": _lstm_step_fwd,
+    "lstm_step_bwd": _lstm_step_bwd,
 }
 
 

@@ -35,8 +35,10 @@ STEPS = 64
 def neighbours(tile: Config) -> Iterator[Config]:
     """Configurations that differ in one number by one step."""
     for name, size in tile.blocks.items():
+        # Tiles have a least and a largest side that makes sense; the other numbers are counts.
+        low, high = (16, 1024 if name == "BLOCK_K" else 256) if name.startswith("BLOCK_") else (1, 2**13)
         for other in (size // 2, size * 2):
-            if 16 <= other <= 256:
+            if low <= other <= high:
                 yield dataclasses.replace(tile, blocks={**tile.blocks, name: other})
     for warps in (tile.num_warps // 2, tile.num_warps * 2):
         if 1 <= warps <= 16:

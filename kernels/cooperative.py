@@ -36,6 +36,8 @@ def launches(
 ) -> Iterator[tuple[tuple[int, int, int], Tensor, Tensor, int, int]]:
     """Grid, exchange, counters, first block and first direction of each launch."""
     BLOCK_B, programs = tile.blocks["BLOCK_B"], HP // tile.blocks["BLOCK_H"]
+    if programs * tile.blocks["BLOCK_H"] != HP:
+        raise RuntimeError(f"BLOCK_H must divide {HP}; got {tile.blocks['BLOCK_H']}")
     blocks = triton.cdiv(B, BLOCK_B)
     for first_block, at_once, first_direction, together in slices(
         blocks, N, programs, processors(like.device)

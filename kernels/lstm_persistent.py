@@ -46,6 +46,7 @@ from .recurrence import (
     padded,
     split_gates,
     store_gates,
+    taken_apart,
     uniform,
     update,
     update_gradient,
@@ -267,7 +268,7 @@ def lstm_persistent_bwd(
                 streamed = as_multiplied(tl.load(w_ptr + w_at + k0 * HP), PREC)
                 chunk = tl.load(q_ptr + others + k0, cache_modifier=".cg")
                 total = tl.dot(streamed, tl.permute(chunk, (0, 2, 1)), total, input_precision=PREC)
-        dh = tl.where(live, tl.sum(total, 0), dh)
+        dh = tl.where(live, taken_apart(tl.sum(total, 0), BLOCK_H, BLOCK_B), dh)
         live = next_live
     tl.store(dh_0_ptr + state, dh.to(dtype), inside)
     tl.store(dc_0_ptr + state, dc.to(dtype), inside)

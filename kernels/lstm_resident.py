@@ -33,6 +33,7 @@ from .recurrence import (
     load_gates,
     split_gates,
     store_gates,
+    taken_apart,
     uniform,
     update,
     update_gradient,
@@ -43,17 +44,6 @@ from .recurrence import (
 def join_gates(i, f, g, o, HP: tl.constexpr, BLOCK_B: tl.constexpr):
     """The four tiles as one, gate by gate: split_gates undone."""
     return tl.join(tl.join(i, g), tl.join(f, o)).permute(2, 3, 0, 1).reshape(4 * HP, BLOCK_B)
-
-
-@triton.jit
-def taken_apart(x, HP: tl.constexpr, BLOCK_B: tl.constexpr):
-    """x itself, split into its even and its odd units and joined again.
-
-    A product leaves neighbouring units in different threads. To split them the compiler must move x to the
-    layout of memory, once; it would move all that is loaded and stored to the layout of the product instead.
-    """
-    even, odd = x.reshape(HP // 2, 2, BLOCK_B).permute(0, 2, 1).split()
-    return tl.join(even, odd).permute(0, 2, 1).reshape(HP, BLOCK_B)
 
 
 @triton.jit(do_not_specialize=["N", "T", "B"])
@@ -147,7 +137,7 @@ def lstm_resident_bwd(
     gates_ptr += last * 4 * H
     dz_ptr += last * 4 * H
     cells_ptr += last * H
-    live = inside & (steps - 1 < end)[None, :]
+    live = inside & ((steps > 0) & (steps - 1 < end))[None, :]
     g_y = tl.zeros((HP, BLOCK_B), dtype)
     if g_y_ptr is not None:
         g_y_ptr += (steps - 1) * step * N * H

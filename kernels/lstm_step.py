@@ -159,7 +159,7 @@ def lstm_step_bwd(
     if cells_ptr is not None:
         cells_ptr += d.to(tl.int64) * T * B * H
         c = tl.load(cells_ptr + cells_at, live, other=0.0).to(tl.float32)
-        left = tl.load(cells_ptr + cells_at - step[None, :] * H, live & (s > 0), other=0.0).to(tl.float32)
+        left = tl.load(cells_ptr + cells_at - step * H, live & (s > 0), other=0.0).to(tl.float32)
         before = tl.where(s > 0, left, before)
     else:
         c = f.to(tl.float32) * before + i.to(tl.float32) * g.to(tl.float32)

@@ -1,8 +1,10 @@
 """Activations and roundings of the kernels, in float32.
 
-    sigmoid(x) = 1 / (1 + e^-|x|) for x >= 0, and e^-|x| / (1 + e^-|x|) below: nothing overflows, and small
-                 values keep all their digits
+    sigmoid(x) = 1 / (1 + e^-|x|) for x >= 0, and e^-|x| / (1 + e^-|x|) below: nothing overflows
     tanh(x)    = ±(1 - e^-2|x|) / (1 + e^-2|x|), and x + x³ P(x²) near 0, where that cancels
+
+Errors are a few roundings, relative to the value, and |x| more of them where sigmoid is small: a GPU computes
+e^-|x| as a power of 2 whose exponent has been rounded.
 
 P is the polynomial of the Cephes library's tanhf (S. Moshier). Triton's own libdevice.tanh cannot be
 interpreted.

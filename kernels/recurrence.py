@@ -87,6 +87,17 @@ def split_gates(z, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def taken_apart(x, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """x itself, split into its even and its odd units and joined again.
+
+    A product leaves neighbouring units in different threads. To split them the compiler must move x to the
+    layout of memory, once; it would move all that is loaded and stored to the layout of the product instead.
+    """
+    even, odd = x.reshape(BLOCK_H // 2, 2, BLOCK_B).permute(0, 2, 1).split()
+    return tl.join(even, odd).permute(0, 2, 1).reshape(BLOCK_H, BLOCK_B)
+
+
+@triton.jit
 def load_gates(ptr, at, H, mask):
     """The tiles of i, f, g and o whose unit 0 of gate i is `at`."""
     i = tl.load(ptr + at, mask, other=0.0)

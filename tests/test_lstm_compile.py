@@ -136,6 +136,14 @@ def test_nothing_is_read_before_all_have_stored_it(binary, kernel, options, leve
     assert "a release before all warps have stored" in disorder(found[:barrier] + found[barrier + 1 :])
 
 
+def test_nothing_is_moved_between_layouts_before_the_release(binary, kernel):
+    """In backward all is in the layout of memory; in forward what is split from the product moves, and h."""
+    _, loop = parts(binary.asm["ttgir"])
+    release = next(n for n, line in enumerate(loop) if "atomic_rmw" in line)
+    moves = sum("ttg.convert_layout" in line for line in loop[:release])
+    assert moves == 0 if kernel.endswith("bwd") else moves <= 6
+
+
 def test_chunks_are_not_copied_asynchronously(binary):
     assert "cp.async" not in binary.asm["ptx"]
     assert "async_copy" not in binary.asm["ttgir"]

@@ -32,6 +32,16 @@ def test_neighbours_are_one_step_away():
     ]
 
 
+def test_counts_have_neighbours_below_the_least_side_of_a_tile():
+    tile = Config({"BLOCK_K": 1024, "AHEAD": 4, "RESIDENT": 4096}, num_warps=1, num_stages=1)
+    changed = [
+        {name: size for name, size in neighbour.blocks.items() if size != tile.blocks[name]}
+        for neighbour in tune.neighbours(tile)
+    ]
+    wanted = [{"BLOCK_K": 512}, {"AHEAD": 2}, {"AHEAD": 8}, {"RESIDENT": 2048}, {"RESIDENT": 8192}]
+    assert [change for change in changed if change] == wanted
+
+
 def test_the_search_climbs_to_the_best_and_asks_once():
     asked = []
 

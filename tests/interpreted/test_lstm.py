@@ -623,3 +623,42 @@ def test_weights_that_do_not_fit_are_read_again(dtype, resident, monkeypatch):
     monkeypatch.setattr(config, "choose", small)
     with cooperative(seed=random.randrange(1000)):
         check_layer(3, 5, 4, 175, dtype, impl="persistent")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("lengths", [[0] * 17, [3] * 16 + [0], [0] * 16 + [3]])
+def test_blocks_of_rows_without_a_step(kernel, lengths):
+    model, lengths = LSTM(3, 16, bidirectional=True, impl=kernel), torch.tensor(lengths)
+    h, c = (torch.randn(2, 17, 16, requires_grad=True) for _ in range(2))
+    with steps(kernel):
+        y, (h_n, c_n) = model(torch.randn(3, 17, 3), (h, c), lengths)
+        grads = torch.autograd.grad([h_n, c_n, y], [h, c], [torch.ones_like(x) for x in (h_n, c_n, y)])
+    idle = lengths == 0
+    assert torch.equal(h_n[:, idle], h[:, idle]) and torch.equal(c_n[:, idle], c[:, idle])
+    assert not y[:, idle].any() and all((grad[:, idle] == 1).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_that_is_not_cut_into_parts(dtype, monkeypatch):
+    choose = config.choose
+
+    def whole(kernel, *args):
+        tile = choose(kernel, *args)
+        parts = {"PARTS": 1, "BLOCK_K": 64} if kernel == "lstm_step_bwd" else {}
+        return dataclasses.replace(tile, blocks={**tile.blocks, **parts})
+
+    monkeypatch.setattr(config, "choose", whole)
+    check_layer(3, 5, 4, 33, dtype, impl="step")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("H", [16, 64])
+def test_tf32_rounds_both_operands_backward(kernel, H):
+    gates, c, weight = torch.rand(1, 1, 5, 4 * H), torch.randn(1, 1, 5, H), torch.randn(4 * H, H)
+    state, g = torch.randn(1, 5, H), torch.randn(1, 5, H)
+    with steps(kernel):
+        backward = selection._module(kernel).backward
+        dz, dh_0, _ = backward(gates, c, [weight], state, None, None, g, g, None, precision="tf32")
+    want = emulated_tf32(dz[0, 0]).double() @ emulated_tf32(weight).double()
+    cut = dz[0, 0].double() @ weight.double()
+    assert largest_error(dh_0[0], want) < 1e-5 * want.abs().max() < largest_error(cut, want)
