@@ -194,8 +194,12 @@ def _lstm_step_fwd(sample: Sample) -> Launch:
     H = sample.shape["H"]
     biases = (sample.normal(4 * H), sample.normal(4 * H)) if sample.training else (None, None)
     cell = x.h_0[1], x.weights[0], x.weights[1], *biases, x.h_0[0], x.c_0[0]
-    options = {"precision": sample.precision, "save": sample.training}
-    return lambda: (*sequence(), *lstm_step.cell_forward(*cell, **options))
+
+    def launch() -> tuple[Tensor | None, ...]:
+        step = lstm_step.cell_forward(*cell, precision=sample.precision, save=sample.training)
+        return *sequence(), *step
+
+    return launch
 
 
 def _lstm_step_bwd(sample: Sample) -> Launch:

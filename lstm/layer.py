@@ -33,6 +33,7 @@ from .selection import Layer, launch
 MULTIPLE = 16
 _RNN: Any = torch.backends.cudnn.rnn
 _MATMUL: Any = torch.backends.cuda.matmul
+_ALL: Any = torch.backends
 
 
 def precision() -> str:
@@ -61,7 +62,7 @@ class _Switch:
             self._users -= 1
             if self._users == 0:
                 # What is read may be the precision of all of torch: not to be pinned down here.
-                inherited = self._before == torch.backends.fp32_precision
+                inherited = self._before == _ALL.fp32_precision
                 _MATMUL.fp32_precision = "none" if inherited else self._before
 
 
