@@ -146,6 +146,13 @@ def test_lstm_kernels_follow_float64(kernel, dtype, H, B, with_lengths, rnn_prec
     check_layer(20, B, 33, H, dtype, impl=kernel, with_lengths=with_lengths, device="cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(dtype):
+    from numerics_contract import check_activations  # which needs Triton
+
+    check_activations(dtype, "cuda")
+
+
 @pytest.mark.parametrize("kernel", LSTM_KERNELS)
 @pytest.mark.parametrize("H", [16, 64, 128, 256, 512, 1024])
 def test_lstm_in_tf32_is_as_exact_as_cudnn(kernel, H, rnn_precision):
