@@ -37,7 +37,7 @@ def test_its_tables_are_those_of_the_committed_results():
     found = [
         re.findall(r"<!-- table (.+?) -->\n(.*?)\n<!-- end -->", d.read_text(), re.DOTALL) for d in documents
     ]
-    assert [len(tables) for tables in found] == [2, 1, 1]
+    assert sorted(map(len, found)) == [0, 1, 1, 2]
     for paths, table in chain(*found):
         files = [README.parent / path for path in paths.split()]
         assert table == markdown(*files), f"run: gatematch-bench table {paths}"
