@@ -54,8 +54,9 @@ check: $(VENV)/for-bench
 kernels: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench kernels --json $(OUT)/kernels.json $(ARGS)
 
-# Two processes of one thread each: most tests wait for one thread of a compiler or of an interpreter.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+# Two processes of one thread each, since most tests wait for one thread of a compiler or of an interpreter; one
+# that is done takes over from the other, since a few tests take minutes.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/for-test
 	$(PYTEST) -m "not slow and not gpu"
