@@ -5,10 +5,6 @@ Shapes: q (B, Q, D), a (B, A, D). float64 is computed in float64, everything els
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,35 +12,6 @@ from torch import Tensor
 OFFSET = 1 / 4
 # Up to so many features, every pair's difference costs less than a product and its many near pairs.
 DIRECT = 4
-
-_CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-_CUDA: Any = torch.backends.cuda.matmul
-_AS_IT_IS = contextlib.nullcontext()
-
-
-def full_precision(device_type: str) -> contextlib.AbstractContextManager[None]:
-    """Matrix products in the precision of their inputs, whatever autocast and the global switches say.
-
-    The error bound of `tiled.py` is for float32 products; with bfloat16 or TF32 ones S is off by up to 0.2.
-    """
-    backend = _CUDA if device_type == "cuda" else _CPU
-    if backend.fp32_precision in ("ieee", "none") and not torch.is_autocast_enabled(device_type):
-        return _AS_IT_IS
-    return _full_precision(device_type, backend)
-
-
-@contextlib.contextmanager
-def _full_precision(device_type: str, backend: Any) -> Iterator[None]:
-    precision = backend.fp32_precision
-    reduced = precision not in ("ieee", "none")
-    if reduced:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if reduced:
-            backend.fp32_precision = precision
 
 
 def padding(rows: Tensor, lengths: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gatematch.kernels.autograd import Grads, differentiable
+from gatematch.kernels.precision import library_products
 
 from . import tiled
 from .blocks import Block, squares, whole_rows
-from .operands import Operands, full_precision
+from .operands import Operands
 from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
 
@@ -38,7 +39,7 @@ def attention(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor 
     if torch.is_grad_enabled() and (q.requires_grad or a.requires_grad):
         S: Tensor = PairwiseAttention.apply(q, a, q_lengths, a_lengths)
         return S
-    with full_precision(q.device.type):
+    with library_products(q.device.type):
         S = tiled.attention(Operands(q, a, q_lengths, a_lengths))[0]
     return S if S.dtype == q.dtype else S.to(q.dtype)
 
@@ -46,7 +47,7 @@ def attention(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor 
 class PairwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
-        with full_precision(q.device.type):
+        with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             S, kept, found = tiled.attention(x)
         ctx.centred = x.centred
@@ -67,7 +68,7 @@ class PairwiseAttention(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = differentiable(pairwise_attention_reference, (q, a), (g,), q_lengths, a_lengths)
             return *grads, None, None
-        with full_precision(q.device.type):
+        with library_products(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             if ctx.kept is None:
                 g = g.to(x.q.dtype)
@@ -90,7 +91,7 @@ class PairwiseAttend(torch.autograd.Function):
         a_lengths: Tensor | None,
         normalize: str | None,
     ) -> Tensor:
-        with full_precision(q.device.type):
+        with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             O, r = tiled.attend(x, _values(x, v), normalize == "rows")
         ctx.centred, ctx.normalize = x.centred, normalize
@@ -120,7 +121,7 @@ class PairwiseAttend(torch.autograd.Function):
             tile = torch.bmm(block.of_q(g), block.of_a(values).mT)
             return tile if mean is None else tile.sub_(block.of_q(mean))
 
-        with full_precision(q.device.type):
+        with library_products(q.device.type):
             grad_q, grad_a = tiled.backward(x, squares(x.sizes), upstream)
         return grad_q.to(q.dtype), grad_a.to(q.dtype), grad_v.to(v.dtype), None, None, None
 
@@ -130,7 +131,7 @@ class PairwiseSums(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        with full_precision(q.device.type):
+        with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             r, c = tiled.sums(x)
         ctx.centred = x.centred
@@ -149,6 +150,6 @@ class PairwiseSums(torch.autograd.Function):
         def upstream(block: Block, S: Tensor) -> Tensor:
             return block.of_q(g_rows)[..., None] + block.of_a(g_cols)[:, None]
 
-        with full_precision(q.device.type):
+        with library_products(q.device.type):
             grad_q, grad_a = tiled.backward(x, squares(x.sizes), upstream)
         return grad_q.to(q.dtype), grad_a.to(q.dtype), None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from gatematch.kernels import pairwise, pairwise_stream
-from gatematch.kernels.autograd import Grads, differentiable
+from gatematch.kernels.autograd import Grads, differentiable, fake_gradients, or_empty
 from gatematch.kernels.pairwise_prepare import prepare
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
 
@@ -22,25 +22,13 @@ from .reference import pairwise_attend_reference, pairwise_attention_reference, 
 Lengths = Tensor | None
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Ops return tensors, always: an empty one stands for None."""
-    return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
-
-
-def _fake_gradients(inputs: tuple[Tensor, ...], wanted: list[bool]) -> Any:
-    """The shapes of what a backward op returns."""
-    return tuple(
-        _or_empty(x.new_empty(x.shape) if want else None, x) for x, want in zip(inputs, wanted, strict=True)
-    )
-
-
 @custom_op("gatematch::pairwise_attention", mutates_args=())
 def attention_op(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, precision: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S, and if `save` R (B, Q, A up to a multiple of 4) and, unless it is empty, the centre (B, D)."""
     S, R, centre = pairwise.attention_forward(q, a, q_lengths, a_lengths, precision=precision, save=save)
-    return S, _or_empty(R, q), _or_empty(centre, q)
+    return S, or_empty(R, q), or_empty(centre, q)
 
 
 @attention_op.register_fake
@@ -49,10 +37,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, Q, D), A = q.shape, a.shape[1]
     if not save:
-        return q.new_empty(B, Q, A), _or_empty(None, q), _or_empty(None, q)
+        return q.new_empty(B, Q, A), or_empty(None, q), or_empty(None, q)
     R = q.new_empty(B, Q, (A + 3) // 4 * 4, dtype=torch.float32)
     centre = q.new_empty(B, D, dtype=torch.float32) if pairwise.takes_centre(q) else None
-    return q.new_empty(B, Q, A), R, _or_empty(centre, q)
+    return q.new_empty(B, Q, A), R, or_empty(centre, q)
 
 
 @custom_op("gatematch::pairwise_attention_backward", mutates_args=())
@@ -74,7 +62,7 @@ def attention_backward_op(
         dq = pairwise.attention_gradient(q, a, *saved, q_lengths, a_lengths, of_a=False, precision=precision)
     if wanted[1]:
         da = pairwise.attention_gradient(a, q, *saved, a_lengths, q_lengths, of_a=True, precision=precision)
-    return _or_empty(dq, q), _or_empty(da, a)
+    return or_empty(dq, q), or_empty(da, a)
 
 
 @attention_backward_op.register_fake
@@ -89,7 +77,7 @@ def _(
     precision: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return _fake_gradients((q, a), wanted)
+    return fake_gradients((q, a), wanted)
 
 
 @custom_op("gatematch::pairwise_attend", mutates_args=())
@@ -105,7 +93,7 @@ def attend_op(
     """S @ v (B, Q, V); with `normalize` its rows divided by their sums, which come along, both in float32."""
     x, y = prepare(q, a, q_lengths, a_lengths, precision)
     O, r = pairwise_stream.attend_forward(x, y, v, normalize=normalize, precision=precision)
-    return O, _or_empty(r, q)
+    return O, or_empty(r, q)
 
 
 @attend_op.register_fake
@@ -119,7 +107,7 @@ def _(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     O = v.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32 if normalize else v.dtype)
-    return O, _or_empty(q.new_empty(q.shape[:2], dtype=torch.float32) if normalize else None, q)
+    return O, or_empty(q.new_empty(q.shape[:2], dtype=torch.float32) if normalize else None, q)
 
 
 @custom_op("gatematch::pairwise_attend_backward", mutates_args=())
@@ -147,7 +135,7 @@ def attend_backward_op(
     dv = None
     if wanted[2]:
         dv, _ = pairwise_stream.attend_forward(y, x, g, y_scale=scale, precision=precision)
-    return _or_empty(dq, q), _or_empty(da, a), _or_empty(dv, v)
+    return or_empty(dq, q), or_empty(da, a), or_empty(dv, v)
 
 
 @attend_backward_op.register_fake
@@ -163,7 +151,7 @@ def _(
     precision: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients((q, a, v), wanted)
+    return fake_gradients((q, a, v), wanted)
 
 
 @custom_op("gatematch::pairwise_sums", mutates_args=())
@@ -196,7 +184,7 @@ def sums_backward_op(
     of_q, of_a = Upstream(shift=g_rows.float().contiguous()), Upstream(shift=g_cols.float().contiguous())
     dq = stream_gradient(x, y, of_q, of_a, precision=precision) if wanted[0] else None
     da = stream_gradient(y, x, of_a, of_q, precision=precision) if wanted[1] else None
-    return _or_empty(dq, q), _or_empty(da, a)
+    return or_empty(dq, q), or_empty(da, a)
 
 
 @sums_backward_op.register_fake
@@ -210,7 +198,7 @@ def _(
     precision: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return _fake_gradients((q, a), wanted)
+    return fake_gradients((q, a), wanted)
 
 
 def _grads(grads: Grads, wanted: list[bool], others: int) -> Grads:

@@ -205,7 +205,7 @@ def _lstm_step_fwd(sample: Sample) -> Launch:
 def _lstm_step_bwd(sample: Sample) -> Launch:
     sequence, x = _backward_of(lstm_step)(sample), _Sequence.of(sample)
     gates = torch.sigmoid(x.z[0, 0])
-    return lambda: (*sequence(), *lstm_step.cell_gradient(gates, None, x.c_0[0], x.h_0[0], x.c_0[1]))
+    return lambda: (*sequence(), *lstm_step.cell_gradient(gates, x.c_0[0], x.h_0[0], x.c_0[1]))
 
 
 # For each kernel what makes its inputs and returns the call that launches it, and no other kernel. A new

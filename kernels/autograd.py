@@ -1,7 +1,7 @@
-"""A backward pass that is itself to be differentiated, of what has kernels for first derivatives alone.
+"""What the ops of both halves share: results that are not there, and backward passes to be differentiated.
 
-With ``create_graph=True`` it goes through the plain torch reference, so that every derivative exists;
-without, it never pays for that.
+Such a one, with ``create_graph=True``, goes through the plain torch reference, so that every derivative
+exists; without, none pays for that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 Grads = tuple[Tensor | None, ...]
+
+
+def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Ops return tensors, always: an empty one stands for None."""
+    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
+
+
+def fake_gradients(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
+    """The shapes of what a backward op returns, a tuple."""
+    return tuple(x.new_empty(x.shape if want else 0) for x, want in zip(inputs, wanted, strict=True))
 
 
 def differentiable(

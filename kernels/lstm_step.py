@@ -315,10 +315,8 @@ def cell_forward(
     return h_next, c_next, gates
 
 
-def cell_gradient(
-    gates: Tensor, c: Tensor | None, c_before: Tensor, g_h: Tensor, g_c: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dz (B, 4H) and the gradient of c_before (B, H); c, after the step, is computed again if None."""
+def cell_gradient(gates: Tensor, c_before: Tensor, g_h: Tensor, g_c: Tensor) -> tuple[Tensor, Tensor]:
+    """dz (B, 4H) and the gradient of c_before (B, H)."""
     B, H = c_before.shape
     arch = config.architecture(gates.device)
     tile = config.choose("lstm_step_bwd", arch, gates.dtype, {"H": H, "B": B})
@@ -326,7 +324,7 @@ def cell_gradient(
     vec = width(gates.element_size(), H)
     with torch.cuda.device_of(gates):
         lstm_step_bwd[_grid(tile, 1, B, H)](
-            gates, c, None, None, c_before, None, None, g_h, g_c, None, dz, dc, None, None,
+            gates, None, None, None, c_before, None, None, g_h, g_c, None, dz, dc, None, None,
             0, 1, 1, B, H // vec,
             VEC_H=vec, PREC="tf32", **tile.options,
         )  # fmt: skip

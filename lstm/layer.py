@@ -20,20 +20,18 @@ the caller.
 """
 
 import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gatematch.kernels.precision import library_products
+
 from .selection import Layer, launch
 
 MULTIPLE = 16
 _RNN: Any = torch.backends.cudnn.rnn
-_MATMUL: Any = torch.backends.cuda.matmul
-_ALL: Any = torch.backends
 
 
 def precision() -> str:
@@ -41,40 +39,9 @@ def precision() -> str:
     return "tf32" if _RNN.fp32_precision == "tf32" else "float32"
 
 
-class _Switch:
-    """torch's process-wide switch of the precision of float32 products, while somebody needs it.
-
-    Backward passes run in threads of their own: the first that comes sets it, the last that goes resets it.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._users, self._before = threading.Lock(), 0, "none"
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._before = _MATMUL.fp32_precision
-                _MATMUL.fp32_precision = "tf32" if precision() == "tf32" else "ieee"
-            self._users += 1
-
-    def __exit__(self, *error: Any) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                # What is read may be the precision of all of torch: not to be pinned down here.
-                inherited = self._before == _ALL.fp32_precision
-                _MATMUL.fp32_precision = "none" if inherited else self._before
-
-
-_SWITCH = _Switch()
-
-
-@contextlib.contextmanager
-def products(x: Tensor) -> Iterator[None]:
-    """Library products in the precision of the recurrence, whatever autocast and matmul's switches say."""
-    switch = _SWITCH if x.is_cuda and x.dtype == torch.float32 else contextlib.nullcontext()
-    with torch.autocast(x.device.type, enabled=False), switch:
-        yield
+def products(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Library products in the precision of the recurrence."""
+    return library_products(x.device.type, "tf32" if x.is_cuda and precision() == "tf32" else "ieee")
 
 
 class _Direction:

@@ -13,17 +13,12 @@ from torch.library import custom_op
 from torch.nn.functional import pad
 
 from gatematch.kernels import lstm_step
-from gatematch.kernels.autograd import Grads, differentiable
+from gatematch.kernels.autograd import Grads, differentiable, fake_gradients, or_empty
 
 from . import layer
 from .reference import lstm_cell_reference, lstm_reference
 
 Lengths = Tensor | None
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Ops return tensors, always: an empty one stands for None."""
-    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
 @custom_op("gatematch::lstm_layer", mutates_args=())
@@ -40,20 +35,12 @@ def layer_op(
     """y, h_n, c_n and, if `save`, cells, gates and, with a projection, m; empty ones else."""
     *results, cells, gates, m = layer.forward(x, h_0, c_0, lengths, weights, projected, impl, save)
     y, h_n, c_n = results
-    return y, h_n, c_n, _or_empty(cells, x, torch.float32), _or_empty(gates, x), _or_empty(m, x)
+    return y, h_n, c_n, or_empty(cells, x, torch.float32), or_empty(gates, x), or_empty(m, x)
 
 
 @layer_op.register_fake
-def _(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    lengths: Lengths,
-    weights: list[Tensor],
-    projected: bool,
-    impl: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *options: Any) -> Any:
+    projected, _, save = options
     N = len(h_0)
     T, B, _, H = layer.sizes(x, weights)
     results = x.new_empty(T, B, N * h_0.shape[2]), x.new_empty(h_0.shape), x.new_empty(c_0.shape)
@@ -61,7 +48,7 @@ def _(
     if save:
         cells, gates = x.new_empty(N, T, B, H, dtype=torch.float32), x.new_empty(N, T, B, 4 * H)
         m = x.new_empty(T, B, N * H) if projected else None
-    return *results, _or_empty(cells, x, torch.float32), _or_empty(gates, x), _or_empty(m, x)
+    return *results, or_empty(cells, x, torch.float32), or_empty(gates, x), or_empty(m, x)
 
 
 @custom_op("gatematch::lstm_layer_backward", mutates_args=())
@@ -87,30 +74,14 @@ def layer_backward_op(
     upstream = g_y, g_h_n, g_c_n, g_cells
     saved = y, cells, gates, m if projected else None
     grads = layer.backward(x, h_0, c_0, lengths, weights, *saved, *upstream, projected, impl, wanted)
-    return [_or_empty(grad, x) for grad in grads]
+    return [or_empty(grad, x) for grad in grads]
 
 
 @layer_backward_op.register_fake
 def _(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    lengths: Lengths,
-    weights: list[Tensor],
-    y: Tensor,
-    cells: Tensor,
-    gates: Tensor,
-    m: Tensor,
-    g_y: Tensor | None,
-    g_h_n: Tensor | None,
-    g_c_n: Tensor | None,
-    g_cells: Tensor | None,
-    projected: bool,
-    impl: str,
-    wanted: list[bool],
+    x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *others: Any
 ) -> list[Tensor]:
-    inputs = (x, h_0, c_0, *weights)
-    return [x.new_empty(tensor.shape if want else 0) for tensor, want in zip(inputs, wanted, strict=True)]
+    return list(fake_gradients((x, h_0, c_0, *weights), others[-1]))
 
 
 def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -207,7 +178,7 @@ def cell_op(
     h_next, c_next, gates = lstm_step.cell_forward(
         x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, precision=layer.precision(), save=save
     )
-    return h_next, c_next, _or_empty(gates, x)
+    return h_next, c_next, or_empty(gates, x)
 
 
 @cell_op.register_fake
@@ -230,7 +201,7 @@ def cell_backward_op(
     """Gradients of x, h, c and the weights, empty where not wanted."""
     g_h = torch.zeros_like(h) if g_h is None else g_h
     g_c = torch.zeros_like(c) if g_c is None else g_c
-    dz, dc = lstm_step.cell_gradient(gates, None, c.contiguous(), g_h.contiguous(), g_c.contiguous())
+    dz, dc = lstm_step.cell_gradient(gates, c.contiguous(), g_h.contiguous(), g_c.contiguous())
     with layer.products(x):
         grads = [
             dz @ weights[0] if wanted[0] else None,
@@ -242,22 +213,12 @@ def cell_backward_op(
         if len(weights) == 4:
             bias = dz.sum(0) if any(wanted[5:]) else None
             grads += [bias, None if bias is None else bias.clone()]
-    return [_or_empty(grad if want else None, x) for grad, want in zip(grads, wanted, strict=True)]
+    return [or_empty(grad if want else None, x) for grad, want in zip(grads, wanted, strict=True)]
 
 
 @cell_backward_op.register_fake
-def _(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: list[Tensor],
-    gates: Tensor,
-    g_h: Tensor | None,
-    g_c: Tensor | None,
-    wanted: list[bool],
-) -> list[Tensor]:
-    inputs = (x, h, c, *weights)
-    return [x.new_empty(tensor.shape if want else 0) for tensor, want in zip(inputs, wanted, strict=True)]
+def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], *others: Any) -> list[Tensor]:
+    return list(fake_gradients((x, h, c, *weights), others[-1]))
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:

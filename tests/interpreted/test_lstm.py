@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from triton.runtime.errors import InterpreterError, OutOfResources
 
 from gatematch.kernels import config, lstm_persistent, lstm_resident
 from gatematch.kernels import cooperative as launching
-from gatematch.lstm import LSTM, LSTMCell, layer, ops, selection
+from gatematch.lstm import LSTM, LSTMCell, ops, selection
 from gatematch.lstm.reference import cell_update, lstm_cell_reference
 
 torch.set_num_threads(1)
@@ -574,23 +573,6 @@ def test_transforms_in_what_is_compiled_never_reach_the_kernels(module, trainabl
         with pytest.raises(Exception, match=r"know nothing of torch\.func"):
             torch.compile(transform, backend="aot_eager")(x)
         torch._dynamo.reset()
-
-
-def test_precision_of_products_is_restored_whoever_ends_last(monkeypatch):
-    matmul = SimpleNamespace(fp32_precision="none")
-    monkeypatch.setattr(layer, "_MATMUL", matmul)
-    torch.backends.cudnn.rnn.fp32_precision = "tf32"
-    first, second = layer._SWITCH, layer._SWITCH
-    first.__enter__()
-    second.__enter__()
-    first.__exit__()
-    assert matmul.fp32_precision == "tf32"
-    second.__exit__()
-    assert matmul.fp32_precision == "none"
-    matmul.fp32_precision = "ieee"
-    with layer._SWITCH:
-        assert matmul.fp32_precision == "tf32"
-    assert matmul.fp32_precision == "ieee"
 
 
 def test_second_derivatives_are_exact_under_autocast():

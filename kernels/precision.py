@@ -1,0 +1,71 @@
+"""The precision of library products of float32, which torch knows only as switches of the whole process.
+
+While one is set, products that other threads of the process happen to make on that device are in it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_ALL: Any = torch.backends
+_AS_IT_IS = contextlib.nullcontext()
+
+
+class Switch:
+    """One of them. Backward passes run in threads of their own, so several may want it at a time.
+
+    The first that comes sets it and the last that goes sets it back; who wants another precision waits.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self._free, self._users, self._wanted, self._before = threading.Condition(), 0, "", ""
+
+    @contextlib.contextmanager
+    def at(self, precision: str) -> Iterator[None]:
+        """Products in "ieee" or "tf32". Not to be nested with another one in a thread."""
+        with self._free:
+            self._free.wait_for(lambda: self._users == 0 or self._wanted == precision)
+            if self._users == 0:
+                self._wanted, self._before = precision, self.backend.fp32_precision
+                if not self.is_at(precision):
+                    self.backend.fp32_precision = precision
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._users -= 1
+                if self._users == 0 and self.backend.fp32_precision != self._before:
+                    # What was read may be the precision of all of torch: not to be pinned down here.
+                    inherited = self._before == _ALL.fp32_precision
+                    self.backend.fp32_precision = "none" if inherited else self._before
+                self._free.notify_all()
+
+    def is_at(self, precision: str) -> bool:
+        current = self.backend.fp32_precision
+        return current == precision or (current == "none" and precision == "ieee")
+
+
+_CPU = Switch(_ALL.mkldnn.matmul)
+_CUDA = Switch(_ALL.cuda.matmul)
+
+
+def library_products(device_type: str, precision: str = "ieee") -> contextlib.AbstractContextManager[None]:
+    """Products of float32 in this precision and of other dtypes as they are, whatever autocast says."""
+    # On the CPU nobody here wants anything but "ieee": where that is set there is nothing to guard.
+    if device_type != "cuda" and _CPU.is_at(precision) and not torch.is_autocast_enabled(device_type):
+        return _AS_IT_IS
+    return _guarded(device_type, precision)
+
+
+@contextlib.contextmanager
+def _guarded(device_type: str, precision: str) -> Iterator[None]:
+    switch = _CUDA if device_type == "cuda" else _CPU
+    with torch.autocast(device_type, enabled=False), switch.at(precision):
+        yield
