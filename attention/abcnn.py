@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatematch.kernels.autograd import transformed
+
 from .checks import check_dtype, check_pair, check_sizes, check_weighted
 from .modules import AttentionFeatures
 from .pooling import all_pool, attention_weights, mean_weights, window_pool, zero_past
@@ -288,8 +290,8 @@ def _check_ids(name: str, ids: Tensor, embedding: nn.Embedding) -> None:
         raise ValueError(
             f"{name} must be on the device of the embedding, {embedding.weight.device}; got {ids.device}"
         )
-    # As for lengths: on other devices, and in a compiled graph, looking would make the device wait.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    # As for lengths: what is traced or batched has no values to look at, and another device would wait.
+    if ids.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= embedding.num_embeddings:
             wrong = low if low < 0 else high

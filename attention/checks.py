@@ -10,6 +10,8 @@ import os
 import torch
 from torch import Tensor
 
+from gatematch.kernels.autograd import forward_mode, transformed
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -100,7 +102,8 @@ def _check_lengths(name: str, lengths: Tensor, rows: Tensor, size: str) -> None:
         )
     if lengths.device != rows.device:
         raise ValueError(f"{name} must be on the device of q, {rows.device}; got {lengths.device}")
-    if torch.compiler.is_compiling() or not lengths.numel():
+    # What is traced or batched has no values to look at.
+    if torch.compiler.is_compiling() or transformed() or forward_mode() or not lengths.numel():
         return
     # torch has no order of its wider unsigned integers, hence long(). Looking at the values would make a
     # device wait; there, wrong lengths are cut to what is possible.

@@ -1,6 +1,7 @@
 """Pairwise attention as functions: check the arguments, choose the path.
 
-On CUDA that is the kernels, elsewhere `tiled.py`; float64 is for `tiled.py` everywhere.
+On CUDA that is the kernels, elsewhere `tiled.py`; float64 is for `tiled.py` everywhere. Where forward-mode
+derivatives may be taken, and wherever what is compiled is under ``torch.func``, it is `reference.py`.
 
 ``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` (Yin et al., "ABCNN", TACL 2016). Shapes: q (B, Q, D),
 a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one unbatched pair of sentences.
@@ -8,16 +9,15 @@ a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one un
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from gatematch.kernels.autograd import compiles_transformed, forward_mode, transformed
 from gatematch.kernels.launch import obstacle
 
-from . import ops
+from . import autograd, eager
 from .checks import check_pair, check_rows
+from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
 
 def pairwise_attention(
@@ -52,14 +52,16 @@ def pairwise_attention(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched = check_pair(q, a, q_lengths, a_lengths)
-    _check_path(impl, precision, q, a)
+    path = _path(q, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
     S: Tensor
-    if _takes_kernels(q, impl):
-        S = _kernels().attention(q, a, q_lengths, a_lengths, precision)
+    if path == "eager":
+        S = eager.attention(q, a, q_lengths, a_lengths)
+    elif path == "reference":
+        S = autograd.exactly(pairwise_attention_reference, (q, a), q.dtype, q_lengths, a_lengths)
     else:
-        S = ops.attention(q, a, q_lengths, a_lengths)
+        S = autograd.attention(q, a, q_lengths, a_lengths, path, precision)
     return S[0] if unbatched else S
 
 
@@ -88,7 +90,7 @@ def pairwise_attend(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched = check_pair(q, a, q_lengths, a_lengths)
-    _check_path(impl, precision, q, a, v)
+    path = _path(q, impl, precision)
     check_rows("v", v, q)
     if v.dim() != a.dim() or v.shape[:-1] != a.shape[:-1]:
         expected = ", ".join(map(str, a.shape[:-1]))
@@ -100,10 +102,13 @@ def pairwise_attend(
     if unbatched:
         q, a, v = q[None], a[None], v[None]
     O: Tensor
-    if _takes_kernels(q, impl):
-        O = _kernels().PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize, precision)
+    if path == "eager":
+        O = eager.PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize == "rows")
+    elif path == "reference":
+        options = (q_lengths, a_lengths, normalize)
+        O = autograd.exactly(pairwise_attend_reference, (q, a, v), q.dtype, *options)
     else:
-        O = ops.PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize)
+        O = autograd.attend(q, a, v, q_lengths, a_lengths, normalize == "rows", path, precision)
     return O[0] if unbatched else O
 
 
@@ -128,37 +133,35 @@ def pairwise_sums(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched = check_pair(q, a, q_lengths, a_lengths)
-    _check_path(impl, precision, q, a)
+    path = _path(q, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
-    if _takes_kernels(q, impl):
-        r, c = _kernels().PairwiseSums.apply(q, a, q_lengths, a_lengths, precision)
+    if path == "eager":
+        r, c = eager.PairwiseSums.apply(q, a, q_lengths, a_lengths)
+    elif path == "reference":
+        r, c = autograd.exactly(pairwise_sums_reference, (q, a), q.dtype, q_lengths, a_lengths)
     else:
-        r, c = ops.PairwiseSums.apply(q, a, q_lengths, a_lengths)
+        r, c = autograd.sums(q, a, q_lengths, a_lengths, path, precision)
     return (r[0], c[0]) if unbatched else (r, c)
 
 
-def _kernels() -> ModuleType:
-    """The ops of the kernels: imported when they are first used, since they need Triton."""
-    from . import triton_ops
-
-    return triton_ops
-
-
-def _takes_kernels(q: Tensor, impl: str) -> bool:
-    return impl == "triton" or (impl == "auto" and q.is_cuda and obstacle(q) is None)
-
-
-def _check_path(impl: str, precision: str, q: Tensor, *others: Tensor) -> None:
+def _path(q: Tensor, impl: str, precision: str) -> str:
+    """ "eager" or "reference", or for the ops who computes them, "torch" or "triton"."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch"; got {impl!r}')
     if precision not in ("float32", "tf32"):
         raise ValueError(f'precision must be "float32" or "tf32"; got {precision!r}')
-    if impl == "triton" and (reason := obstacle(q)) is not None:
-        raise ValueError(f'impl="triton" cannot serve this call: {reason}; use "auto" or "torch"')
-    # The operations underneath would lose the tangents without a word; a compiler does not see them.
-    if forward_ad._current_level >= 0 and (
-        torch.compiler.is_compiling()
-        or any(forward_ad.unpack_dual(x).tangent is not None for x in (q, *others))
-    ):
-        raise NotImplementedError("pairwise attention has no forward-mode derivative in this version")
+    plain = forward_mode() or compiles_transformed()
+    if impl == "triton" or (impl == "auto" and q.is_cuda):
+        reason = obstacle(q)
+        if reason is None and forward_mode():
+            reason = "the kernels have no forward-mode derivative"
+        if reason is None and plain:
+            reason = "the kernels know nothing of torch.func inside of what is compiled"
+        if impl == "triton" and reason is not None:
+            raise ValueError(f'impl="triton" cannot serve this call: {reason}; use "auto" or "torch"')
+        if reason is None:
+            return "triton"
+    if plain:
+        return "reference"
+    return "torch" if torch.compiler.is_compiling() or transformed() else "eager"

@@ -81,7 +81,7 @@ class AttentionFeatures(nn.Module):
                 )
         check_weighted("q", q, self.weight_q)
         weight_a = self.weight_q if self.shared else self.weight_a
-        return S @ self.weight_q[:, : a.shape[-2]].mT, S.mT @ weight_a[:, : q.shape[-2]].mT
+        return S @ self.weight_q.mT[: a.shape[-2]], S.mT @ weight_a.mT[: q.shape[-2]]
 
     def extra_repr(self) -> str:
         return f"{self.length}, {self.features}" + (", shared=True" if self.shared else "")

@@ -1,155 +1,167 @@
-"""Autograd for the tiled path: first derivatives tile by tile, higher ones through the reference.
+"""Pairwise attention as PyTorch ops ``torch.ops.gatematch.pairwise_*``, opaque to torch.compile.
 
-A backward pass that is itself to be differentiated (``create_graph=True``) goes through `reference.py`,
-so that every derivative exists; a plain one never pays for that. `triton_ops.py` has the same for kernels.
+`impl` says who computes: "torch" (`by_torch.py`) on any device and in any dtype, or "triton"
+(`by_triton.py`). They know nothing of autograd: see `autograd.py`.
+
+Shapes: q (B, Q, D), a (B, A, D), v (B, A, V), S (B, Q, A), lengths (B,). What an op leaves out is empty.
 """
 
-from __future__ import annotations
-
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
-from gatematch.kernels.autograd import Grads, differentiable
-from gatematch.kernels.precision import library_products
+from gatematch.kernels.autograd import fake_gradients, only, or_empty, refuse_tangents
 
-from . import tiled
-from .blocks import Block, squares, whole_rows
-from .operands import Operands
-from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
+from . import by_torch
 
-
-def _operands(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Operands:
-    """Those of the forward pass, made again: they cost little beside the tiles, and need not be kept."""
-    x = Operands(q, a, q_lengths, a_lengths)
-    if ctx.centred:
-        x.centre()
-    return x
+Lengths = Tensor | None
 
 
-def _values(x: Operands, v: Tensor) -> Tensor:
-    """v in the precision of the tiles, 0 past its lengths."""
-    v = v.to(x.q.dtype)
-    return v if x.a_padding is None else v.masked_fill(x.a_padding, 0)
+def _by(impl: str) -> ModuleType:
+    if impl == "torch":
+        return by_torch
+    # Imported when it is first used, since it needs Triton.
+    from . import by_triton
+
+    return by_triton
 
 
-def attention(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
-    """S; with nothing to differentiate, autograd's own call and what it saves take a fifth of a small one."""
-    if torch.is_grad_enabled() and (q.requires_grad or a.requires_grad):
-        S: Tensor = PairwiseAttention.apply(q, a, q_lengths, a_lengths)
-        return S
-    with library_products(q.device.type):
-        S = tiled.attention(Operands(q, a, q_lengths, a_lengths))[0]
-    return S if S.dtype == q.dtype else S.to(q.dtype)
+@custom_op("gatematch::pairwise_attention", mutates_args=())
+def attention_op(
+    q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S, and if `save` what "triton" needs for backward: R (B, Q, A up to a multiple of 4), centre (B, D)."""
+    S, R, centre = _by(impl).attention(q, a, q_lengths, a_lengths, precision, save)
+    return S, or_empty(R, q), or_empty(centre, q)
 
 
-class PairwiseAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
-        with library_products(q.device.type):
-            x = Operands(q, a, q_lengths, a_lengths)
-            S, kept, found = tiled.attention(x)
-        ctx.centred = x.centred
-        # A low-precision S is rounded too far, and many near pairs would take more room than S itself.
-        near_pairs = sum([near.place.shape[0] for near in found])
-        if S.dtype != q.dtype or near_pairs > tiled.KEPT * S.numel():
-            ctx.kept = None
-            ctx.save_for_backward(q, a, q_lengths, a_lengths)
-            return S.to(q.dtype)
-        ctx.kept = kept
-        near = map(torch.cat, zip(*found, strict=True)) if near_pairs else ()
-        ctx.save_for_backward(q, a, q_lengths, a_lengths, S, *near)
-        return S
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, q_lengths, a_lengths, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grads = differentiable(pairwise_attention_reference, (q, a), (g,), q_lengths, a_lengths)
-            return *grads, None, None
-        with library_products(q.device.type):
-            x = _operands(ctx, q, a, q_lengths, a_lengths)
-            if ctx.kept is None:
-                g = g.to(x.q.dtype)
-                grads = tiled.backward(x, whole_rows(x.sizes), lambda block, S: block.of_pairs(g))
-            else:
-                S, *near = saved
-                grads = tiled.backward_from_scores(x, g, S, ctx.kept, near)
-        # Autograd itself casts gradients to the dtype of the inputs.
-        return *grads, None, None
+@attention_op.register_fake
+def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, impl, _, save = others
+    (B, Q, D), A = q.shape, a.shape[1]
+    R = centre = None
+    if save and impl == "triton":
+        R = q.new_empty(B, Q, (A + 3) // 4 * 4, dtype=torch.float32)
+        if _by(impl).pairwise.takes_centre(q):
+            centre = q.new_empty(B, D, dtype=torch.float32)
+    return q.new_empty(B, Q, A), or_empty(R, q), or_empty(centre, q)
 
 
-class PairwiseAttend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        a: Tensor,
-        v: Tensor,
-        q_lengths: Tensor | None,
-        a_lengths: Tensor | None,
-        normalize: str | None,
-    ) -> Tensor:
-        with library_products(q.device.type):
-            x = Operands(q, a, q_lengths, a_lengths)
-            O, r = tiled.attend(x, _values(x, v), normalize == "rows")
-        ctx.centred, ctx.normalize = x.centred, normalize
-        ctx.save_for_backward(q, a, v, q_lengths, a_lengths, *(() if r is None else (O, r)))
-        return O.to(q.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Grads:
-        q, a, v, q_lengths, a_lengths, *normalized = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grads = differentiable(
-                pairwise_attend_reference, (q, a, v), (g,), q_lengths, a_lengths, ctx.normalize
-            )
-            return *grads, None, None, None
-        x = _operands(ctx, q, a, q_lengths, a_lengths)
-        g, values = g.to(x.q.dtype), _values(x, v)
-        grad_v = torch.zeros_like(values)
-        # O_i = sum_j S_ij v_j / r_i and r_i = sum_j S_ij, so dL/dS_ij = (g_i / r_i)·(v_j - O_i).
-        mean = None
-        if normalized:
-            O, r = normalized
-            g = g / r[..., None]
-            mean = torch.linalg.vecdot(g, O)[..., None]
-
-        def upstream(block: Block, S: Tensor) -> Tensor:
-            block.of_a(grad_v).baddbmm_(S.mT, block.of_q(g))
-            tile = torch.bmm(block.of_q(g), block.of_a(values).mT)
-            return tile if mean is None else tile.sub_(block.of_q(mean))
-
-        with library_products(q.device.type):
-            grad_q, grad_a = tiled.backward(x, squares(x.sizes), upstream)
-        return grad_q.to(q.dtype), grad_a.to(q.dtype), grad_v.to(v.dtype), None, None, None
+@custom_op("gatematch::pairwise_attention_backward", mutates_args=())
+def attention_backward_op(
+    q: Tensor,
+    a: Tensor,
+    R: Tensor,
+    centre: Tensor,
+    g: Tensor,
+    q_lengths: Lengths,
+    a_lengths: Lengths,
+    impl: str,
+    precision: str,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """dL/dq and dL/da for g = dL/dS, empty where not wanted."""
+    refuse_tangents(g)
+    grads = _by(impl).attention_backward(q, a, R, centre, g, q_lengths, a_lengths, precision, wanted)
+    dq, da = only(grads, wanted)
+    return or_empty(dq, q), or_empty(da, a)
 
 
-class PairwiseSums(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        with library_products(q.device.type):
-            x = Operands(q, a, q_lengths, a_lengths)
-            r, c = tiled.sums(x)
-        ctx.centred = x.centred
-        ctx.save_for_backward(q, a, q_lengths, a_lengths)
-        return r.to(q.dtype), c.to(q.dtype)
+@attention_backward_op.register_fake
+def _(q: Tensor, a: Tensor, *others: Any) -> Any:
+    return fake_gradients((q, a), others[-1])
 
-    @staticmethod
-    def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
-        q, a, q_lengths, a_lengths = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grads = differentiable(pairwise_sums_reference, (q, a), (g_rows, g_cols), q_lengths, a_lengths)
-            return *grads, None, None
-        x = _operands(ctx, q, a, q_lengths, a_lengths)
-        g_rows, g_cols = g_rows.to(x.q.dtype), g_cols.to(x.q.dtype)
 
-        def upstream(block: Block, S: Tensor) -> Tensor:
-            return block.of_q(g_rows)[..., None] + block.of_a(g_cols)[:, None]
+@custom_op("gatematch::pairwise_attend", mutates_args=())
+def attend_op(
+    q: Tensor,
+    a: Tensor,
+    v: Tensor,
+    q_lengths: Lengths,
+    a_lengths: Lengths,
+    normalize: bool,
+    impl: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """S @ v (B, Q, V). With `normalize` its rows divided by their sums (B, Q), which come along.
 
-        with library_products(q.device.type):
-            grad_q, grad_a = tiled.backward(x, squares(x.sizes), upstream)
-        return grad_q.to(q.dtype), grad_a.to(q.dtype), None, None
+    Both are then in float32 at least, for the backward pass.
+    """
+    O, r = _by(impl).attend(q, a, v, q_lengths, a_lengths, normalize, precision)
+    return O, or_empty(r, q)
+
+
+@attend_op.register_fake
+def _(
+    q: Tensor, a: Tensor, v: Tensor, q_lengths: Lengths, a_lengths: Lengths, normalize: bool, *others: Any
+) -> tuple[Tensor, Tensor]:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    O = v.new_empty(*q.shape[:2], v.shape[2], dtype=exact if normalize else v.dtype)
+    return O, or_empty(q.new_empty(q.shape[:2], dtype=exact) if normalize else None, q)
+
+
+@custom_op("gatematch::pairwise_attend_backward", mutates_args=())
+def attend_backward_op(
+    q: Tensor,
+    a: Tensor,
+    v: Tensor,
+    O: Tensor,
+    r: Tensor,
+    g: Tensor,
+    q_lengths: Lengths,
+    a_lengths: Lengths,
+    impl: str,
+    precision: str,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dq, dL/da and dL/dv for g = dL/dO, empty where not wanted. r is empty where O is not normalised."""
+    refuse_tangents(g)
+    grads = _by(impl).attend_backward(q, a, v, O, r, g, q_lengths, a_lengths, precision, wanted)
+    dq, da, dv = only(grads, wanted)
+    return or_empty(dq, q), or_empty(da, a), or_empty(dv, v)
+
+
+@attend_backward_op.register_fake
+def _(q: Tensor, a: Tensor, v: Tensor, *others: Any) -> Any:
+    return fake_gradients((q, a, v), others[-1])
+
+
+@custom_op("gatematch::pairwise_sums", mutates_args=())
+def sums_op(
+    q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Row sums (B, Q) and column sums (B, A) of S, in float32 at least."""
+    return _by(impl).sums(q, a, q_lengths, a_lengths, precision)
+
+
+@sums_op.register_fake
+def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape[:2], dtype=exact), q.new_empty(a.shape[:2], dtype=exact)
+
+
+@custom_op("gatematch::pairwise_sums_backward", mutates_args=())
+def sums_backward_op(
+    q: Tensor,
+    a: Tensor,
+    g_rows: Tensor,
+    g_cols: Tensor,
+    q_lengths: Lengths,
+    a_lengths: Lengths,
+    impl: str,
+    precision: str,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """dL/dq and dL/da for the gradients of both sums, empty where not wanted."""
+    refuse_tangents(g_rows, g_cols)
+    grads = _by(impl).sums_backward(q, a, g_rows, g_cols, q_lengths, a_lengths, precision, wanted)
+    dq, da = only(grads, wanted)
+    return or_empty(dq, q), or_empty(da, a)
+
+
+@sums_backward_op.register_fake
+def _(q: Tensor, a: Tensor, *others: Any) -> Any:
+    return fake_gradients((q, a), others[-1])

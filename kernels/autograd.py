@@ -1,7 +1,13 @@
-"""What the ops of both halves share: results that are not there, and backward passes to be differentiated.
+"""What the ops of both halves share to be differentiated and mapped: by autograd, by ``torch.func``, twice.
 
-Such a one, with ``create_graph=True``, goes through the plain torch reference, so that every derivative
-exists; without, none pays for that.
+An op is a pair of `torch.autograd.Function`s, forward and backward, around a pair of custom ops. The forward
+one returns what its backward pass needs as further outputs. The first derivative is the backward op's; the
+second is that of the plain torch reference (`second_derivative`), computed only when it is asked for. Under
+vmap the samples become rows of one larger batch (`vmapped`).
+
+Forward-mode derivatives take the reference from the start (`forward_mode`): underneath an op tangents would
+be lost, and with a rule of its own for them an autograd.Function gives zeros, without a word, for the
+forward-mode derivative of a forward-mode derivative (torch 2.13).
 """
 
 from __future__ import annotations
@@ -11,8 +17,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Grads = tuple[Tensor | None, ...]
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` is at work, or a vmap over a backward pass, outside of what is compiled."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def forward_mode() -> bool:
+    """Whether there may be forward-mode derivatives, here or around."""
+    return forward_ad._current_level >= 0
+
+
+def compiles_transformed() -> bool:
+    """Whether what is being compiled is under ``torch.func`` or in forward mode: ops may give zeros there."""
+    return torch.compiler.is_compiling() and (forward_mode() or torch._C._are_functorch_transforms_active())
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise for dual numbers: an op loses their tangents, where a backward pass was made without them."""
+    if forward_mode() and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(
+            "a backward pass of gatematch has no forward-mode derivative; "
+            "call the function itself, too, where forward-mode derivatives are taken"
+        )
 
 
 def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -25,25 +58,140 @@ def fake_gradients(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
     return tuple(x.new_empty(x.shape if want else 0) for x, want in zip(inputs, wanted, strict=True))
 
 
-def differentiable(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
+def only(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> Grads:
+    """The gradients that were wanted, None for the others."""
+    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+def distinct(*tensors: Any) -> tuple[Any, ...]:
+    """The same; under torch.compile as views, since it refuses one tensor (a tied weight) in two places."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in tensors)
+
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def batched(*tensors: Tensor | None) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` brings these: its vmap asks no Function for a rule."""
+    return not torch.compiler.is_compiling() and any(
+        x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
+    )
+
+
+def derivative(
+    function: Function, inputs: Sequence[Tensor], upstream: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> Grads:
+    """A backward pass in plain torch: the gradients of the inputs that are wanted, None for the others.
+
+    Args:
+        function: inputs to outputs, in plain torch.
+        upstream: a gradient for each output; None is one of zeros.
+    """
+    places = [place for place, want in enumerate(wanted) if want]
+
+    def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
+        found = function(*_replaced(inputs, places, chosen))
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(y for y, g in zip(found, upstream, strict=True) if g is not None)
+
+    # As in the op, whatever autocast says.
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        pull = torch.func.vjp(outputs, *(inputs[place] for place in places))[1]
+        found = pull(tuple(g for g in upstream if g is not None))
+    return tuple(_replaced([None] * len(inputs), places, found))
+
+
+def second_derivative(
+    function: Function,
     inputs: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
-    *constants: Any,
+    wanted: Sequence[bool],
+    needed: Sequence[bool],
+    cotangents: Sequence[Tensor],
 ) -> Grads:
-    """Gradients of `function(*inputs, *constants)` w.r.t. the inputs that can be differentiated again.
+    """The backward pass of `derivative`: of the sum of its gradients, each times its cotangent.
 
-    An upstream gradient of None is one of zeros; an input that needs no gradient gets None.
+    Args:
+        function, inputs, upstream, wanted: as there.
+        needed: which inputs, and after them which upstream gradients, to differentiate with respect to.
+        cotangents: one for each input; those of inputs that were not wanted are not looked at.
+
+    Returns:
+        For each of inputs and upstream a gradient, None where not needed. Differentiable again.
     """
-    # Fresh aliases: one input may have been computed from another, and only the direct dependence counts.
-    inputs = tuple(tensor.view_as(tensor) for tensor in inputs)
-    with torch.autocast(inputs[0].device.type, enabled=False):  # as in the kernels
-        outputs = function(*inputs, *constants)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        pairs = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None and y.requires_grad]
-        found = torch.autograd.grad(
-            [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
-        )
-    grads = iter(found)
-    return tuple(next(grads) if tensor.requires_grad else None for tensor in inputs)
+    N = len(inputs)
+    variables = [*inputs, *upstream]
+    places = [k for k, (x, need) in enumerate(zip(variables, needed, strict=True)) if need and x is not None]
+
+    def gradients(*chosen: Tensor) -> tuple[Tensor, ...]:
+        now = _replaced(variables, places, chosen)
+        return tuple(grad for grad in derivative(function, now[:N], now[N:], wanted) if grad is not None)
+
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        pull = torch.func.vjp(gradients, *(variables[place] for place in places))[1]
+        found = pull(tuple(x for x, want in zip(cotangents, wanted, strict=True) if want))
+    return tuple(_replaced([None] * len(variables), places, found))
+
+
+def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    values = list(values)
+    for place, other in zip(places, others, strict=True):
+        values[place] = other
+    return values
+
+
+# What a graph break leaves to eager mode, a compiler would look into again, and fails.
+@torch._disable_dynamo
+def vmapped(
+    apply: Callable[..., tuple[Tensor, ...]],
+    samples: int,
+    in_dims: Sequence[Any],
+    args: Sequence[Any],
+    batch_in: Sequence[int | None],
+    batch_out: Sequence[int | None],
+    summed: bool = False,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """What the vmap of a Function returns: its samples as rows of one batch, or a call for each of them.
+
+    Args:
+        in_dims, args: as in its `vmap`.
+        batch_in, batch_out: the batch dimension of each argument and output, None for those without.
+        summed: whether an output is a sum over the batch, so that every sample needs a call of its own.
+    """
+    in_dims = [dim if isinstance(x, Tensor) else None for x, dim in zip(args, in_dims, strict=True)]
+    if summed or any(dim is not None and batch is None for dim, batch in zip(in_dims, batch_in, strict=True)):
+        calls = [
+            apply(
+                *(
+                    x if dim is None else x.select(dim, k).contiguous()
+                    for x, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for k in range(samples)
+        ]
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(batch_out)
+    rows, B = [], 0
+    for x, dim, batch in zip(args, in_dims, batch_in, strict=True):
+        if isinstance(x, Tensor) and batch is not None:
+            x = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
+            # What is shorter stands for None.
+            if x.dim() > batch + 1:
+                x = x.movedim(0, batch)
+                B = max(B, x.shape[batch + 1])
+                x = x.flatten(batch, batch + 1)
+            else:
+                x = x[0]
+            x = x.contiguous()
+        rows.append(x)
+    outputs: list[Tensor] = []
+    out_dims: list[int | None] = []
+    for y, batch in zip(apply(*rows), batch_out, strict=True):
+        if batch is None or y.dim() <= batch or y.shape == (0,):
+            outputs.append(y)
+            out_dims.append(None)
+        else:
+            outputs.append(y.unflatten(batch, (samples, B)))
+            out_dims.append(batch)
+    return tuple(outputs), tuple(out_dims)

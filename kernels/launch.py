@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Rows further apart than this would overflow the offsets inside a tile: they are copied.
 MAX_STRIDE = 2**24
+# Hidden sizes of an LSTM are filled up to a multiple of it.
+HIDDEN_MULTIPLE = 16
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

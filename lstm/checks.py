@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .paths import transformed
+from gatematch.kernels.autograd import transformed
 
 State = tuple[Tensor, Tensor]
 

@@ -1,20 +1,22 @@
 """The LSTM as functions: check the call, choose who computes it.
 
 On every device, `impl="torch"` is PyTorch's own fused op (oneDNN, cuDNN or its native loop) where that can
-give what was asked. It cannot give the cell states of every step, nor run under `torch.func` and
-forward-mode derivatives; `reference.py` does those. `impl="triton"` is the kernels, and `impl="auto"` is the
-kernels on CUDA, where they can serve the call, and "torch" elsewhere.
+give what was asked. Under `torch.func` and torch.compile that is an op of ours, with the fused op inside;
+`reference.py` gives the cell states of every step, and what forward mode needs. `impl="triton"` is the
+kernels, and `impl="auto"` is the kernels on CUDA, where they can serve the call, and "torch" elsewhere.
 """
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from gatematch.kernels.autograd import forward_mode, transformed
+
+from . import stack
 from .checks import (
     Spec,
     State,
@@ -26,7 +28,8 @@ from .checks import (
     check_lengths,
     fits,
 )
-from .paths import takes_kernels, transformed
+from .fused import Options, Packing, with_lengths
+from .paths import takes_kernels, takes_ops, takes_reference
 from .reference import lstm_cell_reference, lstm_reference, scatter_rows
 
 
@@ -114,7 +117,7 @@ def lstm_cell(
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     # Look closely before the reference, which promotes where torch's op refuses.
-    functional = transformed()
+    functional = transformed() or forward_mode()
     if functional or not cell_fits(x, weights, hx):
         check_cell(x, weights, hx)
     by_kernel = takes_kernels(x, impl, ("step",)) and x.numel() > 0
@@ -125,7 +128,7 @@ def lstm_cell(
         zeros = x.new_zeros(x.shape[0], weight_hh.shape[1])
         hx = (zeros, zeros)
     if by_kernel:
-        h, c = _kernels().kernel_cell(x, hx, weights)
+        h, c = stack.cell(x, hx, weights)
     elif functional:
         h, c = lstm_cell_reference(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
@@ -164,24 +167,25 @@ def run(
     if hx is None:
         hx = _zero_state(x, spec, x.shape[0 if batch_first else 1])
     by_kernels = takes_kernels(x, impl) and x.numel() > 0
+    by_ops = by_kernels or takes_ops()
     packing = None
     # Cell states come from the reference, which needs the packing only to draw dropout as the fused op does.
-    if not by_kernels and lengths is not None and (not return_cells or (training and dropout > 0)):
-        packing = _packing(lengths, x.shape[1 if batch_first else 0])
+    needed = not return_cells or (training and dropout > 0)
+    if lengths is not None and not lengths.is_meta and needed and not by_ops and not takes_reference():
+        packing = Packing.of(lengths, x.shape[1 if batch_first else 0])
 
     cells: tuple[Tensor, ...] = ()
-    if by_kernels or return_cells or not _fused_follows(lengths, packing):
+    if by_ops or return_cells or not _fused_follows(lengths, packing):
         x = x.transpose(0, 1) if batch_first else x
         rows = None if packing is None else packing.rows(x.shape, batch_first=False)
-        call = (x, weights, spec, hx, lengths, dropout, training, rows)
-        y, h_n, c_n, c = (
-            _kernels().kernel_stack(*call, return_cells, impl) if by_kernels else _reference(*call)
-        )
-        cells = (c,) if return_cells else ()
+        call = (x, weights, spec, hx, lengths, dropout, training, rows, return_cells)
+        y, h_n, c_n, c = stack.layers(*call, impl) if by_kernels else _as_fused(*call, by_ops)
+        cells = () if c is None else (c,)
         if batch_first:
             y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
     elif packing is not None:
-        y, h_n, c_n = _fused_lengths(x, weights, spec, hx, packing, batch_first, dropout, training)
+        options = _options(x, spec, dropout, training)
+        y, h_n, c_n = with_lengths(x, weights, hx, packing, batch_first, options)
     else:
         options = _options(x, spec, dropout, training)
         y, h_n, c_n = torch.lstm(x, hx, weights, *options, batch_first)
@@ -208,15 +212,14 @@ def _run_packed(
         hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
 
     by_kernels = takes_kernels(data, impl)
-    if by_kernels or return_cells or transformed():
+    by_ops = by_kernels or takes_ops()
+    if by_ops or return_cells or takes_reference():
         valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
         index = valid.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
         padded = scatter_rows(data, index, valid.shape)
-        call = (padded, weights, spec, hx, valid.sum(0), dropout, training, index)
-        y, h_n, c_n, c = (
-            _kernels().kernel_stack(*call, return_cells, impl) if by_kernels else _reference(*call)
-        )
-        chosen = (y, c)[: 1 + return_cells]
+        call = (padded, weights, spec, hx, valid.sum(0), dropout, training, index, return_cells)
+        y, h_n, c_n, c = stack.layers(*call, impl) if by_kernels else _as_fused(*call, by_ops)
+        chosen = (y, c) if c is not None else (y,)
         outputs = [tensor.flatten(0, 1).index_select(0, index) for tensor in chosen]
     else:
         options = _options(data, spec, dropout, training)
@@ -228,67 +231,14 @@ def _run_packed(
     return packed[0], (h_n, c_n), *packed[1:]
 
 
-def _kernels() -> ModuleType:
-    """What calls the kernels: imported when it is first used, since it needs Triton."""
-    from . import stack
-
-    return stack
-
-
-class _Packing(NamedTuple):
-    """Where the steps of a padded x stand in the packed one; all on the CPU."""
-
-    order: Tensor  # the rows that have a step, longest first
-    batch_sizes: Tensor  # how many of them reach each step
-    t: Tensor  # (sum of lengths,) step and
-    b: Tensor  # row of each step, in the packed order
-
-    def rows(self, shape: torch.Size, batch_first: bool) -> Tensor:
-        """The places in x.flatten(0, 1) of the packed steps."""
-        return self.b * shape[1] + self.t if batch_first else self.t * shape[1] + self.b
+def _fused_follows(lengths: Tensor | None, packing: Packing | None) -> bool:
+    """Whether the fused op can be used for a call that is no op of ours, apart from the cell states."""
+    if takes_reference():
+        return False
+    return lengths is None or (packing is not None and len(packing.order) > 0)
 
 
-def _packing(lengths: Tensor, T: int) -> _Packing | None:
-    """None where the lengths cannot be read. The only read of them, since on CUDA each one waits."""
-    if lengths.is_meta or torch.compiler.is_compiling() or transformed():
-        return None
-    descending, order = torch.sort(lengths.cpu().to(torch.int64).clamp(0, T), descending=True)
-    valid = torch.arange(T)[:, None] < descending
-    batch_sizes = valid.sum(1)
-    t, place = valid.nonzero(as_tuple=True)
-    return _Packing(order[descending > 0], batch_sizes[batch_sizes > 0], t, order[place])
-
-
-def _fused_follows(lengths: Tensor | None, packing: _Packing | None) -> bool:
-    """Whether the fused op can be used for this call, apart from the cell states."""
-    if torch.compiler.is_compiling():
-        # Lengths cannot be read, and AOTAutograd (torch 2.13) fails on what oneDNN's op saves for backward.
-        return lengths is None and (torch.compiler.is_exporting() or not torch.is_grad_enabled())
-    return not transformed() and (lengths is None or (packing is not None and len(packing.order) > 0))
-
-
-def _fused_lengths(
-    x: Tensor,
-    weights: list[Tensor],
-    spec: Spec,
-    hx: State,
-    packing: _Packing,
-    batch_first: bool,
-    dropout: float,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows sorted by length and packed, without those of length 0, and the results put back."""
-    index, order = packing.rows(x.shape, batch_first).to(x.device), packing.order.to(x.device)
-    h_0, c_0 = hx
-    hx = (h_0.index_select(1, order), c_0.index_select(1, order))
-    data = x.flatten(0, 1).index_select(0, index)
-    options = _options(x, spec, dropout, training)
-    y, h_n, c_n = torch.lstm(data, packing.batch_sizes, hx, weights, *options)
-    y = scatter_rows(y, index, x.shape[:2])
-    return y, h_0.to(h_n.dtype).index_copy(1, order, h_n), c_0.to(c_n.dtype).index_copy(1, order, c_n)
-
-
-def _reference(
+def _as_fused(
     x: Tensor,
     weights: list[Tensor],
     spec: Spec,
@@ -296,9 +246,11 @@ def _reference(
     lengths: Tensor | None,
     dropout: float,
     training: bool,
-    packed_rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`lstm_reference` as y, h_n, c_n, c, in the dtypes that autocast would give the fused op's."""
+    packed_rows: Tensor | None,
+    return_cells: bool,
+    by_ops: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, h_n, c_n, c by the ops or the reference, in the dtypes that autocast would give the fused op's."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     low = torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -308,20 +260,25 @@ def _reference(
         # oneDNN's op has everything in autocast's dtype; torch's own loop, in use for the rest, only the
         # products.
         dtype = torch.promote_types(low, hx[1].dtype)
-    x, *cast = (tensor.to(low).to(dtype) for tensor in (x, *weights))
-    params = dict(zip(spec.names, cast, strict=True))
+    x, *weights = (tensor.to(low).to(dtype) for tensor in (x, *weights))
+    hx = (hx[0].to(dtype), hx[1].to(dtype))
     lengths = None if lengths is None else lengths.to(x.device, torch.int64)
     packed_rows = None if packed_rows is None else packed_rows.to(x.device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        y, (h_n, c_n), c = lstm_reference(
-            x,
-            params,
-            (hx[0].to(dtype), hx[1].to(dtype)),
-            lengths=lengths,
-            dropout=dropout,
-            training=training,
-            packed_rows=packed_rows,
-        )
+        if by_ops:
+            call = (x, weights, spec, hx, lengths, dropout, training, packed_rows, return_cells)
+            y, h_n, c_n, c = stack.layers(*call, "torch")
+        else:
+            y, (h_n, c_n), cells = lstm_reference(
+                x,
+                dict(zip(spec.names, weights, strict=True)),
+                hx,
+                lengths=lengths,
+                dropout=dropout,
+                training=training,
+                packed_rows=packed_rows,
+            )
+            c = cells if return_cells else None
     # A projection is the last product of a step.
     return (y.to(low), h_n.to(low), c_n, c) if spec.proj_size else (y, h_n, c_n, c)
 
@@ -332,7 +289,7 @@ def _zero_state(x: Tensor, spec: Spec, batch: int) -> State:
     return (c if h_shape == c_shape else x.new_zeros(h_shape)), c
 
 
-def _options(x: Tensor, spec: Spec, dropout: float, training: bool) -> tuple[bool, int, float, bool, bool]:
+def _options(x: Tensor, spec: Spec, dropout: float, training: bool) -> Options:
     """The fused op's has_biases, num_layers, dropout, train, bidirectional."""
     if training:
         return spec.bias, spec.num_layers, dropout, True, spec.bidirectional

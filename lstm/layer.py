@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gatematch.kernels.launch import HIDDEN_MULTIPLE
 from gatematch.kernels.precision import library_products
 
 from .selection import Layer, launch
 
-MULTIPLE = 16
 _RNN: Any = torch.backends.cudnn.rnn
 
 
@@ -55,7 +55,7 @@ class _Direction:
 
     def fill(self, gates: Tensor, columns: int = 0) -> Tensor:
         """(4H, ...) with H, and the columns, filled up."""
-        rows = -self.hidden_size % MULTIPLE
+        rows = -self.hidden_size % HIDDEN_MULTIPLE
         if rows == columns == 0:
             return gates.contiguous()
         sides = (0, columns, 0, rows) if gates.dim() == 2 else (0, rows)
@@ -72,7 +72,7 @@ class _Direction:
         weight = self.weight_hh
         if self.weight_hr is not None:
             weight = (weight.float() @ self.weight_hr.float()).to(weight.dtype)
-        return self.fill(weight, -self.hidden_size % MULTIPLE)
+        return self.fill(weight, -self.hidden_size % HIDDEN_MULTIPLE)
 
 
 def _directions(weights: list[Tensor], N: int, projected: bool) -> list[_Direction]:
@@ -105,7 +105,7 @@ def _last(lengths: Tensor, T: int) -> Tensor:
 def sizes(x: Tensor, weights: list[Tensor]) -> tuple[int, int, int, int]:
     """T, B, H and H filled up."""
     H = weights[1].shape[0] // 4
-    return x.shape[0], x.shape[1], H, H + -H % MULTIPLE
+    return x.shape[0], x.shape[1], H, H + -H % HIDDEN_MULTIPLE
 
 
 def _layer_of(x: Tensor, H: int) -> Layer:

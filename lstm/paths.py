@@ -2,19 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from gatematch.kernels.autograd import compiles_transformed, forward_mode, transformed
 from gatematch.kernels.launch import obstacle
 
 KERNELS = ("resident", "persistent", "step", "cluster")
 IMPLS = ("auto", "torch", "triton", *KERNELS)
-
-
-def transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, which the fused op cannot follow."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def check_impl_name(impl: str) -> None:
@@ -28,8 +21,10 @@ def takes_kernels(x: Tensor, impl: str, kernels: tuple[str, ...] = KERNELS) -> b
     if impl == "torch" or (impl == "auto" and not x.is_cuda):
         return False
     reason = obstacle(x)
-    if reason is None and (transformed() or _compiles_transformed()):
-        reason = "the kernels know nothing of torch.func and of forward-mode derivatives"
+    if reason is None and compiles_transformed():
+        reason = "the kernels know nothing of torch.func inside of what is compiled"
+    if reason is None and forward_mode():
+        reason = "the kernels have no forward-mode derivative"
     if reason is None and impl in KERNELS and impl not in kernels:
         reason = f"the kernels for it are {', '.join(kernels)}"
     if reason is not None and impl != "auto":
@@ -37,8 +32,15 @@ def takes_kernels(x: Tensor, impl: str, kernels: tuple[str, ...] = KERNELS) -> b
     return reason is None
 
 
-def _compiles_transformed() -> bool:
-    """`transformed` for what is being compiled; there the ops would give zero for what they do not know."""
-    return torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
-    )
+def takes_reference() -> bool:
+    """Whether only plain torch operations can follow what is done to a call; see kernels/autograd.py."""
+    return forward_mode() or compiles_transformed()
+
+
+def takes_ops() -> bool:
+    """Whether a call that the kernels do not compute goes through an op of ours, and the fused one inside it.
+
+    The fused op cannot be mapped, nor followed by ``torch.func``. Under torch.compile it cannot have lengths,
+    fails where gradients are needed (AOTAutograd in torch 2.13) and, exported, serves no other T.
+    """
+    return (torch.compiler.is_compiling() or transformed()) and not takes_reference()

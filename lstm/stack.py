@@ -1,4 +1,4 @@
-"""The layers of an LSTM by the kernels, one after the other, and a step of the cell.
+"""The layers of an LSTM by the ops, one after the other, and a step of the cell.
 
 Layers do not overlap in time. A wavefront, in which a layer starts while the one below it still runs, would
 need the input product of the upper layer inside the kernel, step by step, and both layers' weights on the
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import autograd
 from .checks import Spec, State
 from .reference import drop
 
 
-def kernel_stack(
+def layers(
     x: Tensor,
     weights: list[Tensor],
     spec: Spec,
@@ -47,7 +47,7 @@ def kernel_stack(
             if layer > 0:
                 x = drop(x, dropout, training, packed_rows)
             states = slice(layer * N, (layer + 1) * N)
-            x, h, c, cells = ops.lstm_layer(
+            x, h, c, cells = autograd.lstm_layer(
                 x,
                 h_0[states],
                 c_0[states],
@@ -62,11 +62,11 @@ def kernel_stack(
         return x, torch.cat(h_n), torch.cat(c_n), cells
 
 
-def kernel_cell(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:
+def cell(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:
     """The next h and c; x (B, I)."""
     x, h, c, *weights = _cast(x, *hx, *weights)
     with torch.autocast(x.device.type, enabled=False):
-        return ops.lstm_cell(x, h, c, weights)
+        return autograd.lstm_cell(x, h, c, weights)
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:

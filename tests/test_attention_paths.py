@@ -1,8 +1,11 @@
-"""The pairwise ops under torch.compile, forward-mode AD, other default devices and changed inputs."""
+"""The pairwise ops compiled, exported, under torch.func, forward-mode AD and other default devices."""
 
 import pytest
 import torch
+from pairwise_ops import OPS, opcheck_case
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
 from gatematch.attention import (
     ABCNN,
@@ -11,6 +14,11 @@ from gatematch.attention import (
     pairwise_attend,
     pairwise_attention,
     pairwise_sums,
+)
+from gatematch.attention.reference import (
+    pairwise_attend_reference,
+    pairwise_attention_reference,
+    pairwise_sums_reference,
 )
 
 
@@ -23,12 +31,21 @@ class Joined(torch.nn.Module):
         return torch.cat(self.module(q, a), 1)
 
 
+class Called(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, q, a):
+        return self.function(q, a)
+
+
 FUNCTIONS = {
     "attention": lambda: pairwise_attention,
     "attend": lambda: lambda q, a: pairwise_attend(q, a, a, "rows"),
     "sums": lambda: lambda q, a: torch.cat(pairwise_sums(q, a), 1),
-    "features": lambda: Joined(AttentionFeatures(6, 3)),
-    "abcnn3": lambda: ABCNN(20, 6, kind="abcnn3"),
+    "features": lambda: Joined(AttentionFeatures(40, 3)),
+    "abcnn3": lambda: ABCNN(20, 40, kind="abcnn3"),
 }
 
 
@@ -36,7 +53,7 @@ FUNCTIONS = {
 def test_compiled_is_eager(name):
     torch._dynamo.reset()
     function = FUNCTIONS[name]()
-    compiled = torch.compile(function, backend="aot_eager")
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     q, a = torch.randn(2, 5, 20, requires_grad=True), torch.randn(2, 6, 20, requires_grad=True)
     got, want = compiled(q, a), function(q, a)
     torch.testing.assert_close(got, want)
@@ -46,20 +63,176 @@ def test_compiled_is_eager(name):
         torch.testing.assert_close(compiled(q, a), want)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", ["attention", "attend", "sums"])
-def test_forward_mode_raises(name, compile):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_other_sentence_lengths_compile_at_most_once_more(name):
     torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
     function = FUNCTIONS[name]()
-    if compile:
-        function = torch.compile(function, backend="aot_eager")
-    q, a = torch.randn(2, 5, 20), torch.randn(2, 6, 20)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            function(dual, a)
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        torch.func.jvp(lambda q: function(q, a), (q,), (torch.ones_like(q),))
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for step in range(20):
+        q = torch.randn(2, 7 + step, 20, requires_grad=True)
+        a = torch.randn(2, 30 - step, 20, requires_grad=True)
+        loss = compiled(q, a).square().sum()
+        want = torch.autograd.grad(function(q, a).square().sum(), (q, a))
+        torch.testing.assert_close(torch.autograd.grad(loss, (q, a)), want, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_exported_for_any_length(name):
+    function = FUNCTIONS[name]()
+    module = function if isinstance(function, torch.nn.Module) else Called(function)
+    B, Q, A = (torch.export.Dim(letter, min=1, max=40) for letter in "BQA")
+    example = torch.randn(2, 5, 20), torch.randn(2, 6, 20)
+    program = torch.export.export(module, example, dynamic_shapes=({0: B, 1: Q}, {0: B, 1: A}))
+    assert "torch.ops.gatematch.pairwise_" in program.graph_module.print_readable(print_output=False)
+    for sizes in ((2, 5, 6), (1, 40, 1), (3, 2, 40)):
+        q, a = torch.randn(sizes[0], sizes[1], 20), torch.randn(sizes[0], sizes[2], 20)
+        torch.testing.assert_close(program.module()(q, a), module(q, a))
+
+
+# Each op of rows (B, L, D) and lengths (B,), and its reference.
+LENGTHS = torch.tensor([3, 2])
+PAIRS = {
+    "attention": (
+        lambda q, a, n=LENGTHS: pairwise_attention(q, a, n),
+        lambda q, a, n=LENGTHS: pairwise_attention_reference(q, a, n),
+    ),
+    "attend": (
+        lambda q, a, n=LENGTHS: pairwise_attend(q, a, a.sin(), q_lengths=n),
+        lambda q, a, n=LENGTHS: pairwise_attend_reference(q, a, a.sin(), n),
+    ),
+    "attend rows": (
+        lambda q, a, n=LENGTHS: pairwise_attend(q, a, a, "rows", a_lengths=n),
+        lambda q, a, n=LENGTHS: pairwise_attend_reference(q, a, a, None, n, "rows"),
+    ),
+    "sums": (
+        lambda q, a, n=LENGTHS: torch.cat(pairwise_sums(q, a, n, n.int()), 1),
+        lambda q, a, n=LENGTHS: torch.cat(pairwise_sums_reference(q, a, n, n), 1),
+    ),
+}
+
+
+def rows(*batch):
+    return (torch.randn(*batch, n, 7, dtype=torch.float64) for n in (3, 4))
+
+
+def both(name, result):
+    """Whether what `result` makes of an op is what it makes of its reference."""
+    got, want = map(result, PAIRS[name])
+    torch.testing.assert_close(got, want)
+    assert all(x.any() for x in torch.utils._pytree.tree_leaves(want))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_vmap_over_anything(name):
+    (Q, _), (q, a) = rows(5, 2), rows(2)
+    lengths = torch.tensor([[3, 2], [0, 3], [1, 1], [2, 0], [3, 3]])
+    both(name, lambda f: vmap(f, (0, None))(Q, a))
+    both(name, lambda f: vmap(f, (1, None, 0), out_dims=1)(Q.transpose(0, 1), a, lengths))
+    both(name, lambda f: vmap(f, (None, None, 0))(q, a, lengths))
+    both(name, lambda f: vmap(vmap(f, (None, None, 0)), (0, None, None))(Q, a, lengths))
+    both(name, lambda f: vmap(grad(lambda q: f(q, a).square().sum()))(Q))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_derivatives_of_every_mode(name):
+    q, a = rows(2)
+    g = torch.randn(3, *PAIRS[name][0](q, a).shape, dtype=torch.float64)
+
+    def loss(f):
+        return lambda q, a: f(q, a).pow(3).sum()
+
+    both(name, lambda f: jvp(f, (q, a), (q.sin(), a.cos())))
+    both(name, lambda f: jvp(lambda q: jvp(lambda q: f(q, a), (q,), (q.sin(),))[1], (q,), (q.cos(),))[1])
+    both(name, lambda f: hessian(loss(f))(q, a))
+    both(name, lambda f: jacrev(jacrev(loss(f)), 1)(q, a))
+    both(name, lambda f: vmap(vjp(lambda q: f(q, a), q)[1])(g))
+    both(name, lambda f: grad(lambda q: grad(lambda q: grad(loss(f))(q, a).sin().sum())(q).cos().sum())(q))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_jacobians_of_nothing(name):
+    function, (q, a) = PAIRS[name][0], rows(0)
+    lengths = torch.zeros(0, dtype=torch.int64)
+    y = function(q, a, lengths)
+    assert jacrev(function)(q, a, lengths).shape == (*y.shape, *q.shape)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_batched_gradients(name):
+    q, a = (x.requires_grad_() for x in rows(2))
+    g = torch.randn(3, *PAIRS[name][0](q, a).shape, dtype=torch.float64)
+    h = torch.randn(3, *q.shape, dtype=torch.float64)
+
+    def twice(f):
+        (first,) = torch.autograd.grad(f(q, a).square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first, (q, a), h, is_grads_batched=True)
+
+    both(name, lambda f: torch.autograd.grad(f(q, a), (q, a), g, is_grads_batched=True))
+    both(name, twice)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_transforms_of_what_is_compiled_and_inside_of_it(name):
+    q, a = rows(2)
+
+    def compiled(function):
+        torch._dynamo.reset()
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    both(name, lambda f: compiled(grad(lambda q, a: f(q, a).square().sum(), (0, 1)))(q, a))
+    both(name, lambda f: compiled(lambda q: jvp(lambda q: f(q, a), (q,), (q.sin(),)))(q))
+    both(name, lambda f: compiled(vmap(f, (None, 0)))(q, torch.stack([a, 2 * a])))
+
+    def dual(f):
+        function = compiled(f)
+        function(q, a)  # without forward mode
+        with forward_ad.dual_level():
+            return tuple(forward_ad.unpack_dual(function(forward_ad.make_dual(q, q.sin()), a)))
+
+    both(name, dual)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_forward_mode_of_a_backward_pass_made_without_it_raises(name):
+    q, a = (x.requires_grad_() for x in rows(2))
+    function = PAIRS[name][0]
+    g = torch.ones_like(function(q, a))
+    pull = vjp(function, q.detach(), a.detach())[1]
+    with pytest.raises(NotImplementedError):
+        jvp(pull, (g,), (g,))
+    torch._dynamo.reset()
+    for call in (function, torch.compile(function, backend="aot_eager")):
+        S = call(q, a)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+            torch.autograd.grad(S, q, forward_ad.make_dual(g, g))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_second_derivatives_at_distance_zero_are_finite(name):
+    q = torch.randn(2, 3, 7, requires_grad=True)
+    (first,) = torch.autograd.grad(PAIRS[name][0](q, q).sin().sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), q)
+    assert first.isfinite().all() and second.isfinite().all() and second.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, dtype):
+    op, inputs = opcheck_case(name, "torch", dtype)
+    torch.library.opcheck(op, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_in_forward_mode_and_under_torch_func(dtype):
+    q, a = (torch.randn(2, n, 20).to(dtype) for n in (5, 6))
+    for function in (pairwise_attention, lambda q, a: pairwise_attend(q, a, a, "rows")):
+        want = function(q, a)
+        with torch.autocast("cpu", torch.bfloat16):
+            for got in (jvp(function, (q, a), (q, a))[0], vjp(function, q, a)[0]):
+                assert got.dtype == dtype
+                torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 def test_near_pairs_under_another_default_device():

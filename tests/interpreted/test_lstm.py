@@ -481,8 +481,9 @@ def test_errors_that_are_not_about_the_launch_are_not_hidden(monkeypatch):
 def test_a_named_kernel_that_cannot_serve_says_so():
     with pytest.raises(ValueError, match=r"impl: 'resident' cannot serve hidden_size 304 in torch\.float32"):
         LSTM(3, 300, impl="resident")(torch.randn(2, 3, 3))
-    with pytest.raises(ValueError, match=r"impl: 'triton' cannot serve this call: .* torch.func"):
-        torch.func.vmap(LSTM(3, 16, impl="triton"))(torch.randn(2, 2, 3, 3))
+    x = torch.randn(2, 3, 3)
+    with pytest.raises(ValueError, match=r"impl: 'triton' cannot serve this call: .* no forward-mode deriv"):
+        torch.func.jvp(LSTM(3, 16, impl="triton"), (x,), (x,))
     with pytest.raises(
         ValueError, match="impl: 'resident' cannot serve this call: the kernels for it are step"
     ):
@@ -558,20 +559,28 @@ def test_one_compilation_serves_all_lengths():
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("module", [LSTM, LSTMCell])
 def test_transforms_in_what_is_compiled_never_reach_the_kernels(module, trainable):
-    """There they would give zeros. What asks for the kernels raises, and "auto" takes the reference."""
+    """There they may give zeros: what asks for the kernels raises, or leaves the graph and is right."""
     model = module(3, 16, impl="triton").requires_grad_(trainable)
     x = torch.randn(2, 4, 3) if module is LSTM else torch.randn(4, 3)
 
     def output(x):
         return model(x)[0].square().sum()
 
-    for transform in (
-        lambda x: torch.func.grad(output)(x),
-        lambda x: torch.func.jvp(output, (x,), (torch.ones_like(x),))[1],
-        lambda x: torch.func.vmap(output)(x[None]),
-    ):
+    transforms = {
+        "grad": lambda x: torch.func.grad(output)(x),
+        "jvp": lambda x: torch.func.jvp(output, (x,), (torch.ones_like(x),))[1],
+        "vmap": lambda x: torch.func.vmap(output)(x[None]),
+    }
+    for name, transform in transforms.items():
         with pytest.raises(Exception, match=r"know nothing of torch\.func"):
-            torch.compile(transform, backend="aot_eager")(x)
+            torch.compile(transform, backend="aot_eager", fullgraph=True)(x)
+        torch._dynamo.reset()
+        broken = torch.compile(transform, backend="aot_eager")
+        if name == "jvp":
+            with pytest.raises(ValueError, match="have no forward-mode derivative"):
+                broken(x)
+        else:
+            torch.testing.assert_close(broken(x), transform(x))
         torch._dynamo.reset()
 
 

@@ -14,8 +14,9 @@ from pairwise_contract import (
     lengths_of,
     rows_at_distances,
 )
+from pairwise_ops import OPS, opcheck_case
 
-from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums, triton_ops
+from gatematch.attention import autograd, ops, pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
 from gatematch.kernels import distance, pairwise_stream
 
@@ -38,18 +39,19 @@ def test_a_common_offset_changes_nothing(dtype, offset, with_lengths):
 
 def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
     q, a = torch.randn(2, 9, 20), torch.randn(2, 7, 20)
-    op = triton_ops.attention_op
-    S, _, _ = op(q, a, torch.tensor([-3, 10**9]), torch.tensor([7, 10**9]), "float32", False)
-    assert not S[0].any() and torch.equal(S[1], op(q, a, None, None, "float32", False)[0][1])
+    by = ("triton", "float32", False)
+    S, _, _ = ops.attention_op(q, a, torch.tensor([-3, 10**9]), torch.tensor([7, 10**9]), *by)
+    assert not S[0].any() and torch.equal(S[1], ops.attention_op(q, a, None, None, *by)[0][1])
 
 
 def test_what_is_kept_past_the_lengths_is_never_read():
     q, a = rows_at_distances(50, torch.float32)
     lengths = torch.tensor([11, 30]), torch.tensor([37, 5])
-    S, R, centre = triton_ops.attention_op(q, a, *lengths, "float32", True)
+    S, R, centre = ops.attention_op(q, a, *lengths, "triton", "float32", True)
     R[0, 11:] = R[1, :, 5:] = -1.0  # would be near pairs
     g = torch.randn_like(S)
-    grads = triton_ops.attention_backward_op(q, a, R, centre, g, *lengths, "float32", [True, True])
+    by = ("triton", "float32", [True, True])
+    grads = ops.attention_backward_op(q, a, R, centre, g, *lengths, *by)
     q, a = q.requires_grad_(), a.requires_grad_()
     want = torch.autograd.grad(exact.pairwise_attention_reference(q, a, *lengths), (q, a), g)
     torch.testing.assert_close(grads, want)
@@ -66,7 +68,7 @@ def test_without_the_centre_an_offset_makes_all_pairs_near(monkeypatch):
     q, a = torch.randn(1, 40, 50) + 10, torch.randn(1, 32, 50) + 10
 
     def near_pairs():
-        _, R, _ = triton_ops.attention_op(q, a, None, None, "float32", True)
+        _, R, _ = ops.attention_op(q, a, None, None, "triton", "float32", True)
         return int((R < 0).sum())
 
     assert near_pairs() == 0
@@ -259,8 +261,8 @@ def test_compiled():
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
     saves = []
-    op = triton_ops.attention_op
-    monkeypatch.setattr(triton_ops, "attention_op", lambda *args: saves.append(args[-1]) or op(*args))
+    op = autograd.attention_op
+    monkeypatch.setattr(autograd, "attention_op", lambda *args: saves.append(args[-1]) or op(*args))
     q = torch.randn(1, 5, 20, requires_grad=True)
     pairwise_attention(q, q, impl="triton")
     with torch.no_grad():
@@ -281,6 +283,34 @@ def test_the_second_derivative_is_the_references():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("op", ["attention", "attend", "sums"])
+def test_under_torch_func(op):
+    lengths = torch.tensor([[4, 2], [0, 3], [1, 4]])
+    q, a = torch.randn(3, 2, 4, 10), torch.randn(2, 5, 10)
+
+    def ours(q, a, lengths):
+        if op == "attend":
+            return pairwise_attend(q, a, a, "rows", q_lengths=lengths, impl="triton")
+        if op == "sums":
+            return torch.cat(pairwise_sums(q, a, lengths, impl="triton"), 1)
+        return pairwise_attention(q, a, lengths, impl="triton")
+
+    def reference(q, a, lengths):
+        if op == "attend":
+            return exact.pairwise_attend_reference(q, a, a, lengths, None, "rows")
+        if op == "sums":
+            return torch.cat(exact.pairwise_sums_reference(q, a, lengths), 1)
+        return exact.pairwise_attention_reference(q, a, lengths)
+
+    def transformed(function):
+        loss = torch.func.grad(lambda q, a, lengths: function(q, a, lengths).square().sum(), (0, 1))
+        values = torch.func.vmap(function, (0, None, 0))(q, a, lengths)
+        return values, *torch.func.vmap(loss, (0, None, 0))(q, a, lengths)
+
+    for x, y in zip(transformed(ours), transformed(reference), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_tf32_is_less_exact_only_for_far_pairs():
     q, a = rows_at_distances(50, torch.float32)
     want = exact.pairwise_attention_reference(q.double(), a.double())
@@ -289,27 +319,20 @@ def test_tf32_is_less_exact_only_for_far_pairs():
     assert error[want > 0.9].max() < 1e-6
 
 
-def opcheck_inputs(op):
-    q, a, v = torch.randn(2, 9, 20), torch.randn(2, 8, 20), torch.randn(2, 8, 3)
-    lengths = torch.tensor([9, 4]), None
-    r = torch.rand(2, 9)
-    S, R, centre = triton_ops.attention_op(q, a, *lengths, "float32", True)
-    return {
-        # Without lengths, and with A a multiple of 4, since R is not written where it is never read.
-        triton_ops.attention_op: (q, a, None, None, "float32", True),
-        triton_ops.attention_backward_op: (q, a, R, centre, S, *lengths, "float32", [True, False]),
-        triton_ops.attend_op: (q, a, v, *lengths, True, "float32"),
-        triton_ops.attend_backward_op: (
-            q, a, v, torch.randn(2, 9, 3), r, torch.randn(2, 9, 3), *lengths, "float32", [True, True, False]
-        ),
-        triton_ops.sums_op: (q, a, *lengths, "float32"),
-        triton_ops.sums_backward_op: (q, a, r, torch.rand(2, 8), *lengths, "float32", [False, True]),
-    }[op]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in vars(triton_ops) if name.endswith("_op") and name != "custom_op"]
-)
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
-    op = getattr(triton_ops, name)
-    torch.library.opcheck(op, opcheck_inputs(op))
+    op, inputs = opcheck_case(name, "triton", torch.float32)
+    torch.library.opcheck(op, inputs)
+
+
+def test_what_the_kernels_do_not_serve():
+    q, a = torch.randn(1, 5, 20), torch.randn(1, 6, 20)
+
+    def function(q):
+        return pairwise_attention(q, a, impl="triton").sum()
+
+    with pytest.raises(ValueError, match="the kernels have no forward-mode derivative; use"):
+        torch.func.jvp(function, (q,), (q,))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"know nothing of torch\.func inside of what is compiled; use"):
+        torch.compile(torch.func.grad(function), backend="aot_eager", fullgraph=True)(q)

@@ -1,0 +1,53 @@
+"""Every op under every transform by the kernels: right, or raising what docs/differentiation.md says."""
+
+from itertools import product
+
+import pytest
+import torch
+import transform_ops
+import transforms
+from transforms import TABLES, WRITING
+
+torch.set_num_threads(1)
+OPS = transform_ops.ops("triton")
+COLUMNS = TABLES["kernels"]
+OUTCOMES = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table():
+    yield
+    if WRITING and OUTCOMES:
+        transforms.write("kernels", list(OPS), OUTCOMES)
+
+
+@pytest.fixture(autouse=True)
+def _float32_products():
+    rnn = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
+    yield
+    rnn.fp32_precision = before
+
+
+def cells():
+    for op, (heading, column) in product(OPS, COLUMNS.items()):
+        name = f"{heading}-{op}".replace("`", "").replace(" ", "")
+        yield pytest.param(op, heading, id=name, marks=[pytest.mark.slow] if column.slow else [])
+
+
+@pytest.mark.parametrize(("op", "heading"), list(cells()))
+def test_cell(op, heading):
+    found = transforms.judge(OPS[op], heading, COLUMNS[heading])
+    OUTCOMES[op, heading] = found
+    assert WRITING or transforms.committed("kernels")[op, heading] == found
+
+
+# What attention saves for its backward pass is not written past the lengths, where it is never read.
+@pytest.mark.parametrize("op", [op for op in OPS if op != "`pairwise_attention`, lengths"])
+def test_opcheck(op):
+    for function, args, kwargs in transforms.calls(OPS[op]):
+        torch.library.opcheck(function, args, kwargs)
+
+
+def test_every_registered_op_is_checked():
+    assert not transforms.unchecked(OPS.values())
