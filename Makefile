@@ -26,7 +26,7 @@ help:
 
 # Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
 # into the wheel.
-SOURCES := pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/configs/*.json lstm/*.py attention/*.py bench/*.py bench/*/*.py)
+SOURCES := pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/configs/*.json lstm/*.py attention/*.py curvature/*.py bench/*.py bench/*/*.py)
 comma := ,
 define install
 	rm -rf build
@@ -78,7 +78,7 @@ newest: $(VENV)/for-test
 lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m mypy -p gatematch.kernels -p gatematch.lstm -p gatematch.attention -p gatematch.bench
+	$(RUN) -m mypy -p gatematch.kernels -p gatematch.lstm -p gatematch.attention -p gatematch.curvature -p gatematch.bench
 
 # Takes nothing from a network.
 GPU_PYTHON ?= python3

@@ -175,6 +175,40 @@ def roofline(
     save(json, where, rows, model=asdict(H200))
 
 
+@app.command("hessian")
+def curvature(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkpoint.pt of `answers` with its built-in data; default: train the model here."
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs to train, without --checkpoint.")] = 8,
+    questions: Annotated[
+        int, typer.Option(min=1, help="Training questions that the matcher's loss is the mean over.")
+    ] = 8,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of weights, training, questions and random vectors.")
+    ] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of results and pictures.")] = Path("out/hessian"),
+    json: Annotated[Path | None, typer.Option(help="Results file; default OUT/results.json.")] = None,
+) -> None:
+    """The Hessian of the answer matcher before and after training (largest eigenvalues, trace, density),
+    the whole one of a small LSTM gate by gate, and what a matrix and a product cost. Runs on the CPU."""
+    from gatematch.bench.hessian import Options, hessian_table, run_hessian
+    from gatematch.bench.plots import draw
+    from gatematch.bench.results import writable
+
+    results = json or out / "results.json"
+    with one_sentence_errors():
+        writable("pictures in --out", out / "hessian.svg")
+        where = ready("cpu", results)
+        rows = run_hessian(Options(checkpoint, epochs, questions, seed), typer.echo)
+        show(hessian_table(rows))
+        save(results, where, rows)
+        typer.echo(f"pictures: {', '.join(map(str, draw(results, out)))}")
+
+
 @app.command()
 def tune(
     device: Annotated[str, typer.Option(help="The GPU, as torch names it.")] = "cuda",
@@ -235,7 +269,7 @@ def save(path: Path | None, device: torch.device, rows: list[dict[str, Any]], **
 
 @app.command()
 def plot(
-    results: Annotated[Path, typer.Argument(help="A results file of `answers` or `speed`.")],
+    results: Annotated[Path, typer.Argument(help="A results file of `answers`, `speed` or `hessian`.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the pictures; default: beside the file.")
     ] = None,
@@ -253,7 +287,8 @@ def table(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A results file of `answers`, `speed`, `kernels` or `roofline`, or several of `answers`."
+            help="A results file of `answers`, `speed`, `kernels`, `roofline` or `hessian`, "
+            "or several of `answers`."
         ),
     ],
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers.report import RANKERS, Run, models_table
+from .hessian import COLUMNS, cells
 from .results import read_results
 
 # The peer that each half is held against: what its users call today.
@@ -41,8 +42,10 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
         return _kernels(rows)
     if all(row["case"].startswith("roofline/") for row in rows):
         return _roofline(rows)
+    if all(row["case"].startswith("hessian/") for row in rows):
+        return _hessian(rows)
     raise ValueError(
-        f"results file {path} must come from answers, speed or kernels, or from roofline; "
+        f"results file {path} must come from answers, speed or kernels, or from roofline or hessian; "
         "there is no table for it"
     )
 
@@ -139,3 +142,8 @@ def _roofline(rows: list[dict[str, Any]]) -> str:
         groups.setdefault((row["dtype"], row["pass"], row["shape"]["H"]), []).append(cell)
     lines += [f"| {dtype} | {way} | {H} | {' | '.join(cells)} |" for (dtype, way, H), cells in groups.items()]
     return "\n".join(lines)
+
+
+def _hessian(rows: list[dict[str, Any]]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells(rows))])

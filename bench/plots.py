@@ -14,15 +14,23 @@ _COLORS = ["#1f6fb4", "#e0862a", "#3a9a5b", "#8a5fb0", "#8a8f98"]
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
-    """Draw what a results file of `answers` or `speed` holds into a folder; returns the files written."""
+    """Draw what a results file of `answers`, `speed` or `hessian` holds into a folder; returns the files."""
     from .answers.plots import figures
+    from .hessian_plots import hessian_figures
 
     rows = read_results(results)["rows"]
     answers = any(row["case"].startswith("answers/") for row in rows)
-    if not answers and not any("peers" in row for row in rows):
-        raise ValueError(f"results file {results} must come from answers or speed; there is nothing to draw")
+    hessian = all(row["case"].startswith("hessian/") for row in rows)
+    if not answers and not hessian and not any("peers" in row for row in rows):
+        raise ValueError(
+            f"results file {results} must come from answers or speed, or from hessian; "
+            "there is nothing to draw"
+        )
     try:
-        drawn = figures(results, rows) if answers else {"speed": _speed(rows)}
+        if answers:
+            drawn = figures(results, rows)
+        else:
+            drawn = hessian_figures(rows) if hessian else {"speed": _speed(rows)}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"results file {results} lacks what a picture needs: {error}") from None
     return save(drawn, folder)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-MODULES = "gatematch.kernels.config, gatematch.lstm, gatematch.attention"
+MODULES = "gatematch.kernels.config, gatematch.lstm, gatematch.attention, gatematch.curvature"
 
 
 def python(code: str) -> str:
@@ -61,7 +61,7 @@ def test_the_top_folders_are_not_installed_under_their_own_names():
     assert tops.isdisjoint({"lstm", "attention", "bench", "kernels", "curvature"}), tops
 
 
-@pytest.mark.parametrize("package", ["kernels", "lstm", "attention", "bench", "bench/answers"])
+@pytest.mark.parametrize("package", ["kernels", "lstm", "attention", "curvature", "bench", "bench/answers"])
 def test_typed_markers_are_shipped(package):
     import importlib.util
     import pathlib

@@ -1,0 +1,80 @@
+"""The Hessian as a LinearOperator: products alone, on which every solver of scipy runs in O(P) memory."""
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from .derivatives import LossFn, check_loss_fn, gradient, product
+from .parameters import Parameters, Params
+
+
+class HessianOperator(LinearOperator):
+    """The Hessian of a loss as a symmetric operator (P, P), which is never a matrix.
+
+        op = HessianOperator(loss_fn, model)
+        top = scipy.sparse.linalg.eigsh(op, k=5, return_eigenvectors=False)
+
+    The graph of the gradient is kept, so a product costs one backward pass through it and no call of the
+    loss. Before each product the parameters are compared with those it was made at; if an optimiser step or
+    anything else has changed one in place, the loss is called anew: products are always of the Hessian at
+    the parameters' present values. What else the loss reads (data, dropout masks, modes) stays as it was in
+    its last call; for new data make a new operator.
+
+    Args:
+        loss_fn, params: as for `hessian`. The loss is called once here.
+
+    Attributes:
+        shape: (P, P).
+        dtype: numpy's float64 if the parameters are, or promote to, float64, else float32. Products take and
+            give arrays on the host, wherever the parameters are.
+        index: name -> rows, as `parameter_index` gives them.
+
+    Raises:
+        As `hessian`; a product raises TypeError for a complex vector, and FloatingPointError if it is not
+        finite, which solvers would not survive.
+    """
+
+    def __init__(self, loss_fn: LossFn, params: Params) -> None:
+        check_loss_fn(loss_fn)
+        self._loss_fn = loss_fn
+        self._parameters = Parameters(params)
+        self.index = self._parameters.index
+        dtype = np.float64 if self._parameters.dtype == torch.float64 else np.float32
+        super().__init__(dtype, (self._parameters.size, self._parameters.size))
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        self._gradients: list[Tensor | None] = []  # the old graph goes before there is a new one
+        self._gradients = gradient(self._loss_fn, self._parameters)
+        self._versions = [tensor._version for tensor in self._parameters.tensors]
+        self._values = [tensor.detach().clone() for tensor in self._parameters.tensors]
+
+    def _changed(self) -> bool:
+        # Versions, since torch refuses a graph whose tensors were written to, even with the same values;
+        # values, since writing through `.data` leaves the version as it is.
+        return any(
+            tensor._version != version or not torch.equal(tensor, value)
+            for tensor, version, value in zip(
+                self._parameters.tensors, self._versions, self._values, strict=True
+            )
+        )
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        if np.iscomplexobj(x):
+            raise TypeError(f"x must be real; got {x.dtype}")
+        if self._changed():
+            self._evaluate()
+        vector = torch.from_numpy(np.array(x, self.dtype).reshape(-1)).to(self._parameters.device)
+        result: np.ndarray = product(self._gradients, self._parameters, vector).cpu().numpy()
+        if not np.isfinite(result).all():
+            raise FloatingPointError(
+                "the product is not finite: the loss's second derivatives, or x, are not"
+            )
+        return result
+
+    def _adjoint(self) -> "HessianOperator":
+        return self
+
+    def _transpose(self) -> "HessianOperator":
+        return self

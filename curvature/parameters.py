@@ -1,0 +1,100 @@
+"""Parameters of any shapes as one vector of length P: which tensors, under which names, in which rows."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+
+
+class Parameters:
+    """The tensors that a loss is differentiated by, each flattened in row-major order, one after the other.
+
+    Attributes:
+        index: name -> slice of the rows, in order.
+        tensors: in the same order; they are the caller's own.
+        size: P, the elements of all.
+        dtype: the one that torch promotes all their dtypes to.
+        device: theirs.
+    """
+
+    def __init__(self, params: Params) -> None:
+        self.index: dict[str, slice] = {}
+        self.tensors: list[Tensor] = []
+        self.size = 0
+        known: set[int] = set()
+        for name, tensor in _named(params):
+            _check(name, tensor)
+            if id(tensor) in known:
+                continue  # tied: its rows are those of its first name
+            known.add(id(tensor))
+            self.index[name] = slice(self.size, self.size + tensor.numel())
+            self.tensors.append(tensor)
+            self.size += tensor.numel()
+        if not self.tensors:
+            trainable = " that requires gradients" if isinstance(params, nn.Module) else ""
+            raise ValueError(f"params must hold at least one tensor{trainable}; got none")
+        self.device = self.tensors[0].device
+        self.dtype = self.tensors[0].dtype
+        for name, tensor in zip(self.index, self.tensors, strict=True):
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"params must be on one device; got {self.device}, and {tensor.device} at {name!r}"
+                )
+            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A vector (P,) as tensors of the parameters' shapes."""
+        pieces = vector.split([tensor.numel() for tensor in self.tensors])
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.tensors, strict=True)]
+
+
+def parameter_index(params: Params) -> dict[str, slice]:
+    """Which rows (and columns) of the Hessian belong to which parameter.
+
+    Args:
+        params: what `hessian` takes. A generator is used up by this call as by any other.
+
+    Returns:
+        name -> slice, in the order of the rows. Names are a module's `named_parameters()`, a mapping's keys,
+        or "0", "1", ... for a list. A parameter's elements follow in row-major order, whatever its strides:
+        `H[index["weight"]].view(*weight.shape, -1)`. A tensor that occurs twice has rows once, under its
+        first name; a module's parameters with `requires_grad=False` have none.
+
+    Raises:
+        TypeError, ValueError: as `hessian`, for params.
+    """
+    return Parameters(params).index
+
+
+def _named(params: Params) -> Iterator[tuple[str, Any]]:
+    if isinstance(params, nn.Module):
+        return ((name, p) for name, p in params.named_parameters() if p.requires_grad)
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "params must be a module, a mapping or an iterable of tensors; got a Tensor: put it in a list"
+        )
+    if isinstance(params, Mapping):
+        for name in params:
+            if not isinstance(name, str):
+                raise TypeError(f"params must have strings as names; got {name!r}")
+        return iter(params.items())
+    if isinstance(params, Iterable) and not isinstance(params, str):
+        return ((str(k), tensor) for k, tensor in enumerate(params))
+    raise TypeError(
+        f"params must be a module, a mapping or an iterable of tensors; got {type(params).__name__}"
+    )
+
+
+def _check(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        hint = ": for named_parameters(), pass dict(named_parameters())" if isinstance(tensor, tuple) else ""
+        raise TypeError(f"params must hold tensors; got {type(tensor).__name__} at {name!r}{hint}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"params must have real floating dtypes; got {tensor.dtype} at {name!r}")
+    if not tensor.requires_grad:
+        raise ValueError(
+            f"params must require gradients; {name!r} does not: leave it out or requires_grad_()"
+        )
