@@ -23,7 +23,7 @@ Grads = tuple[Tensor | None, ...]
 
 
 def transformed() -> bool:
-    """Whether ``torch.func`` is at work, or a vmap over a backward pass, outside of what is compiled."""
+    """Whether ``torch.func`` is at work, outside of what is compiled."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 

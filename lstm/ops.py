@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from gatematch.kernels.autograd import fake_gradients, or_empty
+from gatematch.kernels.autograd import fake_gradients, or_empty, refuse_tangents
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 
 from . import fused
@@ -76,6 +76,7 @@ def layer_backward_op(
 ) -> list[Tensor]:
     """Gradients of x, h_0, c_0 and the weights, empty where not wanted."""
     upstream = g_y, g_h_n, g_c_n, g_cells
+    refuse_tangents(*upstream)
     if impl == "torch":
         grads = fused.layer_gradient(x, h_0, c_0, lengths, weights, upstream, projected, wanted)
     else:
@@ -133,6 +134,7 @@ def cell_backward_op(
 
     from . import layer
 
+    refuse_tangents(g_h, g_c)
     g_h = torch.zeros_like(h) if g_h is None else g_h
     g_c = torch.zeros_like(c) if g_c is None else g_c
     dz, dc = lstm_step.cell_gradient(gates, c.contiguous(), g_h.contiguous(), g_c.contiguous())

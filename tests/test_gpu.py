@@ -1,7 +1,11 @@
 """The CPU's contract on a CUDA device, and that of the kernels: the same numbers, right against float64."""
 
+from itertools import product
+
 import pytest
 import torch
+import transform_ops
+import transforms
 from lstm_contract import check_layer, largest_error
 from lstm_contract import lengths_of as lstm_lengths
 from pairwise_contract import (
@@ -250,3 +254,15 @@ def test_lstm_with_lengths_follows_float64(bidirectional):
     want, states, cells = model.double()(x.double(), lengths=lengths, return_cells=True)
     for got, true in ((y, want), (fused, want), (h_n, states[0]), (c_n, states[1]), (c, cells)):
         torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("op", "heading"), product(transform_ops.ops("triton"), transforms.TABLES["kernels"])
+)
+def test_transforms_are_those_of_the_table(op, heading, rnn_precision):
+    rnn_precision("ieee")
+    with torch.device("cuda"):
+        found = transforms.judge(
+            transform_ops.ops("triton")[op], heading, transforms.TABLES["kernels"][heading]
+        )
+    assert found == transforms.committed("kernels")[op, heading]
