@@ -36,12 +36,26 @@ def gradient(loss_fn: LossFn, parameters: Parameters) -> list[Tensor | None]:
             return [None] * len(parameters.tensors)
         one = torch.ones_like(loss, requires_grad=True)
         gradients = torch.autograd.grad(loss, parameters.tensors, one, create_graph=True, allow_unused=True)
+        if len(gradients) > sum(g is not None for g in gradients):
+            _check_reentrant(loss)
         found = {name: g for name, g in zip(parameters.index, gradients, strict=True) if g is not None}
         for name, g in found.items():
             if g.layout != torch.strided:
                 raise ValueError(f"params must have dense gradients; got a sparse one for {name!r}")
         _check_graph(found, one)
     return list(gradients)
+
+
+def _check_reentrant(loss: Tensor) -> None:
+    """Raise for a checkpoint that hides what is computed inside it: parameters there look unused."""
+    nodes, seen = [loss.grad_fn], {loss.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError("loss_fn must not use checkpoints with use_reentrant=True; pass False")
+        new = {source for source, _ in node.next_functions} - seen if node is not None else set()
+        seen |= new
+        nodes += new
 
 
 def _check_graph(gradients: Mapping[str, Tensor], one: Tensor) -> None:

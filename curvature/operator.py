@@ -18,7 +18,8 @@ class HessianOperator(LinearOperator):
     The graph of the gradient is kept, so a product costs one backward pass through it and no call of the
     loss. Before each product the parameters are compared with those it was made at; if an optimiser step or
     anything else has changed one in place, the loss is called anew: products are always of the Hessian at
-    the parameters' present values. What else the loss reads (data, dropout masks, modes) stays as it was in
+    the parameters' present values; if one was replaced, converted to another dtype or frozen, RuntimeError
+    says so. What else the loss reads (data, dropout masks, modes) stays as it was in
     its last call; for new data make a new operator.
 
     Args:
@@ -51,6 +52,7 @@ class HessianOperator(LinearOperator):
         self._values = [tensor.detach().clone() for tensor in self._parameters.tensors]
 
     def _changed(self) -> bool:
+        self._parameters.check_unchanged()
         # Versions, since torch refuses a graph whose tensors were written to, even with the same values;
         # values, since writing through `.data` leaves the version as it is.
         return any(

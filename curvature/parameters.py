@@ -1,5 +1,6 @@
 """Parameters of any shapes as one vector of length P: which tensors, under which names, in which rows."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -16,11 +17,14 @@ class Parameters:
         index: name -> slice of the rows, in order.
         tensors: in the same order; they are the caller's own.
         size: P, the elements of all.
-        dtype: the one that torch promotes all their dtypes to.
+        dtypes: theirs.
+        dtype: the one that torch promotes all of them to.
         device: theirs.
+        module: the one whose parameters they are, if they came as one.
     """
 
     def __init__(self, params: Params) -> None:
+        self.module = params if isinstance(params, nn.Module) else None
         self.index: dict[str, slice] = {}
         self.tensors: list[Tensor] = []
         self.size = 0
@@ -36,6 +40,7 @@ class Parameters:
         if not self.tensors:
             trainable = " that requires gradients" if isinstance(params, nn.Module) else ""
             raise ValueError(f"params must hold at least one tensor{trainable}; got none")
+        self.dtypes = [tensor.dtype for tensor in self.tensors]
         self.device = self.tensors[0].device
         self.dtype = self.tensors[0].dtype
         for name, tensor in zip(self.index, self.tensors, strict=True):
@@ -44,6 +49,18 @@ class Parameters:
                     f"params must be on one device; got {self.device}, and {tensor.device} at {name!r}"
                 )
             self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a module has other parameters now, or one has another dtype or is frozen."""
+        now = self.tensors
+        if self.module is not None:
+            now = list({id(p): p for p in self.module.parameters() if p.requires_grad}.values())
+        same = len(now) == len(self.tensors) and all(map(operator.is_, now, self.tensors))
+        if not same or self.dtypes != [p.dtype for p in now] or not all(p.requires_grad for p in now):
+            raise RuntimeError(
+                "params are no longer those that the operator was made for: a parameter was replaced, "
+                "converted or frozen; make a new operator"
+            )
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A vector (P,) as tensors of the parameters' shapes."""

@@ -12,6 +12,7 @@ forward-mode derivative of a forward-mode derivative (torch 2.13).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
             "a backward pass of gatematch has no forward-mode derivative; "
             "call the function itself, too, where forward-mode derivatives are taken"
         )
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For what has its dtypes already: a backward pass may be under another autocast than the forward one."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -96,8 +102,7 @@ def derivative(
         found = found if isinstance(found, tuple) else (found,)
         return tuple(y for y, g in zip(found, upstream, strict=True) if g is not None)
 
-    # As in the op, whatever autocast says.
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with no_autocast(inputs[0]):
         pull = torch.func.vjp(outputs, *(inputs[place] for place in places))[1]
         found = pull(tuple(g for g in upstream if g is not None))
     return tuple(_replaced([None] * len(inputs), places, found))
@@ -129,7 +134,7 @@ def second_derivative(
         now = _replaced(variables, places, chosen)
         return tuple(grad for grad in derivative(function, now[:N], now[N:], wanted) if grad is not None)
 
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with no_autocast(inputs[0]):
         pull = torch.func.vjp(gradients, *(variables[place] for place in places))[1]
         found = pull(tuple(x for x, want in zip(cotangents, wanted, strict=True) if want))
     return tuple(_replaced([None] * len(variables), places, found))
@@ -160,6 +165,8 @@ def vmapped(
         batch_in, batch_out: the batch dimension of each argument and output, None for those without.
         summed: whether an output is a sum over the batch, so that every sample needs a call of its own.
     """
+    if samples == 0:
+        raise ValueError("vmap must have at least one sample; got none")
     in_dims = [dim if isinstance(x, Tensor) else None for x, dim in zip(args, in_dims, strict=True)]
     if summed or any(dim is not None and batch is None for dim, batch in zip(in_dims, batch_in, strict=True)):
         calls = [

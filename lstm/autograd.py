@@ -83,7 +83,9 @@ class LSTMLayer(torch.autograd.Function):
         y, _, _, cells, gates, m = output
         ctx.mark_non_differentiable(gates, m, *([] if ctx.with_cells else [cells]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, cells, gates, m, *tensors)
+        # torch's own op is computed once more.
+        saved = (gates, gates, gates, m) if ctx.impl == "torch" else (y, cells, gates, m)
+        ctx.save_for_backward(*saved, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Grads:

@@ -225,7 +225,7 @@ def _sizes(x: Any, weight_ih: Tensor, weight_hh: Tensor, projected: bool = False
 
     H is told by weight_hh alone if that is (4H, H), or transposed; I by weight_ih if one side of it is 4H.
     """
-    state_size, gates = sorted(weight_hh.shape)
+    state_size, gates = min(weight_hh.shape), max(weight_hh.shape)  # sorted() cannot be compiled
     plausible = gates % 4 == 0 if projected else gates == 4 * state_size
     H = gates // 4 if plausible else max(weight_ih.shape[0] // 4, 1)
     rows, columns = weight_ih.shape

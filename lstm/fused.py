@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gatematch.kernels.autograd import no_autocast
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 
 from .checks import State
@@ -74,7 +75,7 @@ def reference_layer(
     params = dict(zip(names, weights, strict=True))
     y, (h_n, c_n), cells = lstm_reference(x, params, (h_0, c_0), lengths=lengths)
     filled = pad(cells.unflatten(2, (N, -1)), (0, -c_0.shape[2] % HIDDEN_MULTIPLE))
-    return y, h_n, c_n, filled.permute(2, 0, 1, 3).to(state_dtype(x))
+    return y, h_n, c_n, filled.permute(2, 0, 1, 3).to(state_dtype(x)).contiguous()
 
 
 def layer(
@@ -113,18 +114,23 @@ def layer_gradient(
 
     What torch's op saves for its own backward pass has no shape that a compiler could know before.
     """
-    with _recorded():
+    with _recorded(), no_autocast(x):
         inputs = [
             tensor.detach().requires_grad_(want)
             for tensor, want in zip((x, h_0, c_0, *weights), wanted, strict=True)
         ]
         x, h_0, c_0, *weights = inputs
         results = layer(x, h_0, c_0, lengths, weights, projected, upstream[3] is not None, train=x.is_cuda)
-        pairs = [(y, g) for y, g in zip(results, upstream, strict=True) if g is not None and y is not None]
+        pairs = [
+            (y, g)
+            for y, g in zip(results, upstream, strict=True)
+            if g is not None and y is not None and y.requires_grad
+        ]
         chosen = [tensor for tensor in inputs if tensor.requires_grad]
-        grads: Any = torch.autograd.grad(
-            [y for y, _ in pairs], chosen, [g for _, g in pairs], materialize_grads=True
-        )
+        grads: Any = map(torch.zeros_like, chosen)
+        if pairs:
+            ys, gs = zip(*pairs, strict=True)
+            grads = torch.autograd.grad(ys, chosen, gs, materialize_grads=True)
     # An op must not return one tensor twice (that of both biases), nor one that it was given.
     seen = {x.untyped_storage().data_ptr() for x in upstream if x is not None}
     found = iter(_unshared(grad, seen) for grad in grads)

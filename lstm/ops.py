@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from gatematch.kernels.autograd import fake_gradients, or_empty, refuse_tangents
+from gatematch.kernels.autograd import fake_gradients, no_autocast, or_empty, refuse_tangents
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 
 from . import fused
@@ -33,7 +33,8 @@ def layer_op(
     """y, h_n, c_n and, if `save`, cells; the kernels also gates and, projected, m; empty ones else."""
     gates = m = None
     if impl == "torch":
-        y, h_n, c_n, cells = fused.layer(x, h_0, c_0, lengths, weights, projected, save)
+        with no_autocast(x):
+            y, h_n, c_n, cells = fused.layer(x, h_0, c_0, lengths, weights, projected, save)
     else:
         from . import layer  # needs Triton
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gatematch.kernels.autograd import no_autocast
+
 from . import autograd
 from .checks import Spec, State
 from .reference import drop
@@ -42,7 +44,7 @@ def layers(
     size = len(weights) // spec.num_layers
     h_n, c_n = [], []
     cells = None
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         for layer in range(spec.num_layers):
             if layer > 0:
                 x = drop(x, dropout, training, packed_rows)
@@ -65,12 +67,12 @@ def layers(
 def cell(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:
     """The next h and c; x (B, I)."""
     x, h, c, *weights = _cast(x, *hx, *weights)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return autograd.lstm_cell(x, h, c, weights)
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]

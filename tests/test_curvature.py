@@ -13,6 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigsh
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from gatematch.attention import pairwise_attention
 from gatematch.curvature import (
@@ -558,6 +559,40 @@ def test_products_follow_parameters_that_change_in_place(change):
     op @ v.numpy()
     change(model)
     close(torch.from_numpy(op @ v.numpy()), hessian(loss_fn, model) @ v, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.load_state_dict(
+            {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+        ),
+        lambda model: model.float(),
+        lambda model: model.weight.requires_grad_(False),
+        lambda model: model.register_parameter("bias", None),
+    ],
+    ids=["replaced", "converted", "frozen", "removed"],
+)
+def test_parameters_that_are_others_raise(change):
+    model, x = nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    op = HessianOperator(lambda: model(x).tanh().square().sum(), model)
+    op @ np.ones(8)
+    change(model)
+    with pytest.raises(RuntimeError, match="make a new operator"):
+        op @ np.ones(8)
+
+
+def test_reentrant_checkpoints_do_not_hide_parameters():
+    w, b, x = (torch.randn(3, requires_grad=True) for _ in range(3))
+
+    def loss(use_reentrant):
+        inside = checkpoint(lambda x: (w * x).tanh(), x, use_reentrant=use_reentrant)
+        return inside.square().sum() + b.square().sum()
+
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        hessian(lambda: loss(True), [w, b])
+    H = hessian(lambda: loss(False), [w, b])
+    torch.testing.assert_close(H, hessian(lambda: (w * x).tanh().square().sum() + b.square().sum(), [w, b]))
 
 
 def test_data_that_changes_in_place_raises_or_stays_as_it_was():

@@ -125,3 +125,87 @@ def test_mapped(mapped, gradient):
     got = torch.func.vmap(total(lstm), in_dims)(*call)
     want = torch.func.vmap(total(lstm_reference), in_dims)(*call)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("wanted", ["weight_hr_l0", "weight_hh_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("T", [1, 2])
+def test_gradients_of_weights_that_not_every_result_depends_on(wanted, T, through_ops):
+    """After one step, c depends on neither the projection nor, from a zero state, the recurrent weights."""
+    model, x = LSTM(3, 4, proj_size=2, dtype=torch.float64), torch.randn(T, 2, 3, dtype=torch.float64)
+    params = {name: p.detach().requires_grad_(name == wanted) for name, p in model.named_parameters()}
+    for chosen in (lambda y, h, c: y.sum() + c.sin().sum(), lambda y, h, c: c.sin().sum()):
+
+        def total(function, chosen=chosen):
+            y, (h_n, c_n), *_ = function(x, params)
+            return chosen(y, h_n, c_n) + 0 * params[wanted].sum()
+
+        got, want = (
+            torch.autograd.grad(total(f), params[wanted], allow_unused=True, materialize_grads=True)
+            for f in (lstm, lstm_reference)
+        )
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("options", [{}, {"proj_size": 3}], ids=str)
+def test_a_backward_pass_under_autocast_is_exact(options, twice, through_ops):
+    model, x = LSTM(3, 8, **options), torch.randn(4, 2, 3, requires_grad=True)
+
+    def gradients(low):
+        y = model(x)[0].square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            (slope,) = torch.autograd.grad(y, x, create_graph=twice)
+            total = slope.square().sum() if twice else None
+            return torch.autograd.grad(total, list(model.parameters())) if twice else slope
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+def test_on_the_meta_device(through_ops):
+    model = LSTM(3, 8, 2, bidirectional=True, device="meta")
+    y, (h_n, _) = model(torch.empty(4, 2, 3, device="meta"))
+    assert y.is_meta and y.shape == (4, 2, 16) and h_n.shape == (4, 2, 8)
+
+
+def test_without_gradients_nothing_is_kept_for_them(through_ops):
+    model, x, kept = LSTM(3, 8), torch.randn(4, 2, 3), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            y = model(x)[0]
+        assert not kept and y.grad_fn is None
+        model(x)
+    # No result: the layer is computed once more.
+    shapes = [tuple(t.shape) for t in kept]
+    assert (4, 2, 8) not in shapes and (4, 2, 3) in shapes
+
+
+def test_lengths_that_are_wrong_are_cut_to_what_is_possible(through_ops):
+    model, x = LSTM(3, 8), torch.randn(4, 3, 3)
+    compiled = torch.compile(lambda x, n: model(x, lengths=n)[0], backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, torch.tensor([-3, 2, 9])), model(x, lengths=torch.tensor([0, 2, 4]))[0]
+    )
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 1]], ids=["full", "lengths"])
+@pytest.mark.parametrize("proj_size", [0, 3])
+def test_opcheck_with_cells(proj_size, lengths):
+    """Whose strides only the default backend would look at."""
+    model = LSTM(2, 5, bidirectional=True, proj_size=proj_size)
+    weights = [p.detach() for p in model.parameters()]
+    x, h_0, c_0 = torch.randn(3, 2, 2), torch.randn(2, 2, proj_size or 5), torch.randn(2, 2, 5)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    torch.library.opcheck(ops.layer_op, (x, h_0, c_0, lengths, weights, proj_size > 0, "torch", True))
+
+
+def test_a_map_over_no_samples_says_so():
+    with pytest.raises(ValueError, match="at least one sample"):
+        torch.func.vmap(LSTM(3, 5))(torch.randn(0, 4, 2, 3))
+
+
+def test_one_compiled_function_serves_models_of_different_sizes():
+    compiled = torch.compile(lambda x, params: lstm(x, params)[0], fullgraph=True, backend="aot_eager")
+    for H in (4, 5, 6):
+        model, x = LSTM(3, H), torch.randn(4, 2, 3)
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        torch.testing.assert_close(compiled(x, params), lstm(x, params)[0])
