@@ -83,8 +83,7 @@ def split(given, *sizes):
 
 T, B, I, H, P = 3, 2, 2, 2, 1
 Q, A, D, V = 3, 4, 3, 2
-# A sentence of just so many words would have a compiled program of its own.
-LONGEST = A + 2
+LONGEST = A + 1
 LENGTHS = ([3, 2], [2, 4])
 OPEN = ((0, 1), (0, 1))
 

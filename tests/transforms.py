@@ -37,9 +37,9 @@ class Case:
     tangents of the inputs and gradients of the results. `right_*` is what is right.
     """
 
-    def __init__(self, op: Op, dtype: torch.dtype, equal: bool = True) -> None:
+    def __init__(self, op: Op, dtype: torch.dtype) -> None:
         self.op, self.dtype = op, dtype
-        self.inputs = self.random(equal)
+        self.inputs = self.random(True)
         self.lengths = tuple(torch.tensor(n) for n in op.lengths)
         self.v, self.u = self.random(False), self.random(False)
         results = self.plain(*self.exact_inputs)
@@ -92,6 +92,7 @@ class Case:
         )
 
     def rows(self, y: Tensor) -> list[Tensor]:
+        """For each input the derivatives of y, (*y, *input)."""
         found = [
             grad(e, self.exact_inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
             for e in y.flatten()
@@ -471,7 +472,7 @@ def saved_tensor_hooks(case: Case) -> Found:
 
 
 def with_weights(case: Case, module: nn.Module) -> nn.Module:
-    """A copy of the module in double precision or less, with the case's weights."""
+    """A copy of the module with the case's weights, in its dtype."""
     module = copy.deepcopy(module).to(case.dtype)
     module.load_state_dict(dict(zip(case.op.names, case.inputs[case.op.data :], strict=True)))
     return module
@@ -680,6 +681,7 @@ def committed(table: str) -> dict[tuple[str, str], str]:
 
 def write(table: str, rows: list[str], outcomes: dict[tuple[str, str], str]) -> None:
     """The table with these cells, and as it was where there are none."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ, "tables are written by one process"
     known = committed(table) | outcomes
     headings = list(TABLES[table])
     lines = [["", *headings], ["---"] * (1 + len(headings))]
