@@ -189,7 +189,8 @@ class Matcher(Siamese):
     def _channels(self, h: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
         """[h; F] mixed, and the maximum over the words of a text."""
         z = torch.tanh(self.mix(torch.cat([h, features], 2)))
-        return z.masked_fill(~mask(lengths, z.shape[1])[:, :, None], -1.0).amax(1)
+        # Not amax: over a tanh its gradient is NaN by torch.compile's default backend (torch 2.13).
+        return z.masked_fill(~mask(lengths, z.shape[1])[:, :, None], -1.0).max(1).values
 
 
 def mask(lengths: Tensor, size: int) -> Tensor:
