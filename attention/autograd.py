@@ -18,6 +18,8 @@ from gatematch.kernels.autograd import (
     batched,
     distinct,
     forward_mode,
+    map_batched,
+    may_be_differentiated,
     only,
     second_derivative,
     transformed,
@@ -42,7 +44,7 @@ def attention(
 ) -> Tensor:
     """S; what a backward pass needs is written only where there may be one."""
     S: Tensor
-    if _may_be_differentiated(q, a):
+    if may_be_differentiated(q, a):
         S = PairwiseAttention.apply(*distinct(q, a, q_lengths, a_lengths), impl, precision)[0]
     else:
         S = attention_op(q, a, q_lengths, a_lengths, impl, precision, False)[0]
@@ -59,7 +61,7 @@ def attend(
     impl: str,
     precision: str,
 ) -> Tensor:
-    if _may_be_differentiated(q, a, v):
+    if may_be_differentiated(q, a, v):
         tensors = distinct(q, a, v, q_lengths, a_lengths)
         O, _ = PairwiseAttend.apply(*tensors, normalize, impl, precision)
     else:
@@ -70,16 +72,11 @@ def attend(
 def sums(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str
 ) -> tuple[Tensor, Tensor]:
-    if _may_be_differentiated(q, a):
+    if may_be_differentiated(q, a):
         r, c = PairwiseSums.apply(*distinct(q, a, q_lengths, a_lengths), impl, precision)
     else:
         r, c = sums_op(q, a, q_lengths, a_lengths, impl, precision)
     return r.to(q.dtype), c.to(q.dtype)
-
-
-def _may_be_differentiated(*inputs: Tensor) -> bool:
-    """Or batched, which the ops themselves do not know either."""
-    return transformed() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
 
 
 def followed(*upstream: Tensor) -> bool:
@@ -289,7 +286,10 @@ class PairwiseSumsBackward(torch.autograd.Function):
 
 def _backward(function: Any, op: Any) -> Callable[..., Grads]:
     def backward(*args: Any, wanted: tuple[bool, ...]) -> Grads:
-        grads = function.apply(*args, wanted) if followed() else op(*args, list(wanted))
+        if batched(*args):
+            grads: Any = map_batched(function.apply, (*args, wanted))
+        else:
+            grads = function.apply(*args, wanted) if followed() else op(*args, list(wanted))
         return only(grads, wanted)
 
     return backward

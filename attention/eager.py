@@ -102,7 +102,7 @@ class PairwiseAttend(torch.autograd.Function):
         if autograd.followed(g):
             O, r = normalized or (q.new_empty(0), q.new_empty(0))
             grads = autograd.attend_backward(
-                q, a, v, O, r, g.to(O.dtype), q_lengths, a_lengths, *BY, wanted=ctx.needs_input_grad[:3]
+                q, a, v, O, r, g, q_lengths, a_lengths, *BY, wanted=ctx.needs_input_grad[:3]
             )
             return *grads, None, None, None
         with library_products(q.device.type):

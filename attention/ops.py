@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from gatematch.kernels.autograd import fake_gradients, only, or_empty, refuse_tangents
+from gatematch.kernels.autograd import (
+    fake_gradients,
+    only,
+    or_empty,
+    refuse_forward_mode,
+    refuse_tangents,
+)
 
 from . import by_torch
 
@@ -34,6 +40,7 @@ def attention_op(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S, and if `save` what "triton" needs for backward: R (B, Q, A up to a multiple of 4), centre (B, D)."""
+    refuse_forward_mode()
     S, R, centre = _by(impl).attention(q, a, q_lengths, a_lengths, precision, save)
     return S, or_empty(R, q), or_empty(centre, q)
 
@@ -90,6 +97,7 @@ def attend_op(
 
     Both are then in float32 at least, for the backward pass.
     """
+    refuse_forward_mode()
     O, r = _by(impl).attend(q, a, v, q_lengths, a_lengths, normalize, precision)
     return O, or_empty(r, q)
 
@@ -134,6 +142,7 @@ def sums_op(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Row sums (B, Q) and column sums (B, A) of S, in float32 at least."""
+    refuse_forward_mode()
     return _by(impl).sums(q, a, q_lengths, a_lengths, precision)
 
 

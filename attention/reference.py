@@ -60,7 +60,8 @@ def pairwise_attend_reference(
     if a_lengths is not None:
         real = torch.arange(a.shape[1], device=a.device) < a_lengths[:, None].long()
         v = torch.where(real[..., None], v, 0.0)
-    O = S @ v
+    # No product, which autocast, or torch's precision of products, would round in a backward pass.
+    O = (S[..., None] * v[:, None]).sum(2)
     if normalize == "rows":
         r = S.sum(2, keepdim=True)
         O = O / torch.where(r == 0, 1.0, r)

@@ -38,6 +38,24 @@ def compiles_transformed() -> bool:
     return torch.compiler.is_compiling() and (forward_mode() or torch._C._are_functorch_transforms_active())
 
 
+def may_be_differentiated(*inputs: Tensor) -> bool:
+    """Whether an op is to be called by its Function: where there may be a backward pass, or a vmap.
+
+    A program that is exported keeps the ops alone, which raise in a backward pass.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    return transformed() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+
+
+def refuse_forward_mode() -> None:
+    """Raise in an op that is called in forward mode, as only an exported program can: it loses tangents."""
+    if forward_mode():
+        raise NotImplementedError(
+            "an op of gatematch has no forward-mode derivative; the functions and modules have, uncompiled"
+        )
+
+
 def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raise for dual numbers: an op loses their tangents, where a backward pass was made without them."""
     if forward_mode() and any(
@@ -79,33 +97,25 @@ def distinct(*tensors: Any) -> tuple[Any, ...]:
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def batched(*tensors: Tensor | None) -> bool:
-    """Whether ``autograd.grad(is_grads_batched=True)`` brings these: its vmap asks no Function for a rule."""
+def batched(*tensors: Any) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` brings any of these."""
     return not torch.compiler.is_compiling() and any(
-        x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
+        isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
     )
 
 
-def derivative(
-    function: Function, inputs: Sequence[Tensor], upstream: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> Grads:
-    """A backward pass in plain torch: the gradients of the inputs that are wanted, None for the others.
+def map_batched(function: Callable[..., Sequence[Tensor]], args: Sequence[Any]) -> list[Tensor]:
+    """A function of such batches, mapped over them by ``torch.func.vmap``.
 
-    Args:
-        function: inputs to outputs, in plain torch.
-        upstream: a gradient for each output; None is one of zeros.
+    ``autograd.grad`` has a vmap of its own, which asks no Function for a rule; and above it autograd records
+    nothing.
     """
-    places = [place for place, want in enumerate(wanted) if want]
-
-    def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
-        found = function(*_replaced(inputs, places, chosen))
-        found = found if isinstance(found, tuple) else (found,)
-        return tuple(y for y, g in zip(found, upstream, strict=True) if g is not None)
-
-    with no_autocast(inputs[0]):
-        pull = torch.func.vjp(outputs, *(inputs[place] for place in places))[1]
-        found = pull(tuple(g for g in upstream if g is not None))
-    return tuple(_replaced([None] * len(inputs), places, found))
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    places = [place for place, x in enumerate(args) if batched(x)]
+    batches = [torch._remove_batch_dim(args[place], level, 0, 0) for place in places]
+    found = torch.func.vmap(lambda *samples: tuple(function(*_replaced(args, places, samples))))(*batches)
+    return [torch._add_batch_dim(y, 0, level) for y in found]
 
 
 def second_derivative(
@@ -116,10 +126,12 @@ def second_derivative(
     needed: Sequence[bool],
     cotangents: Sequence[Tensor],
 ) -> Grads:
-    """The backward pass of `derivative`: of the sum of its gradients, each times its cotangent.
+    """The derivative of a backward pass: of the sum of its gradients, each times its cotangent.
 
     Args:
-        function, inputs, upstream, wanted: as there.
+        function: inputs to outputs, in plain torch.
+        upstream: a gradient for each output; None is one of zeros.
+        wanted: which inputs' gradients the backward pass returned.
         needed: which inputs, and after them which upstream gradients, to differentiate with respect to.
         cotangents: one for each input; those of inputs that were not wanted are not looked at.
 
@@ -129,14 +141,29 @@ def second_derivative(
     N = len(inputs)
     variables = [*inputs, *upstream]
     places = [k for k, (x, need) in enumerate(zip(variables, needed, strict=True)) if need and x is not None]
+    inner = [place for place, want in enumerate(wanted) if want]
 
     def gradients(*chosen: Tensor) -> tuple[Tensor, ...]:
         now = _replaced(variables, places, chosen)
-        return tuple(grad for grad in derivative(function, now[:N], now[N:], wanted) if grad is not None)
 
-    with no_autocast(inputs[0]):
-        pull = torch.func.vjp(gradients, *(variables[place] for place in places))[1]
-        found = pull(tuple(x for x, want in zip(cotangents, wanted, strict=True) if want))
+        def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
+            found = function(*_replaced(now[:N], inner, chosen))
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(y for y, g in zip(found, upstream, strict=True) if g is not None)
+
+        pull = torch.func.vjp(outputs, *(now[place] for place in inner))[1]
+        grads: tuple[Tensor, ...] = pull(tuple(g for g in now[N:] if g is not None))
+        return grads
+
+    def pulled(*cotangents: Tensor) -> Sequence[Tensor]:
+        with no_autocast(inputs[0]):
+            found: Sequence[Tensor] = torch.func.vjp(gradients, *(variables[k] for k in places))[1](
+                cotangents
+            )
+        return found
+
+    chosen = [cotangents[place] for place in inner]
+    found = map_batched(pulled, chosen) if batched(*chosen) else pulled(*chosen)
     return tuple(_replaced([None] * len(variables), places, found))
 
 
@@ -165,20 +192,14 @@ def vmapped(
         batch_in, batch_out: the batch dimension of each argument and output, None for those without.
         summed: whether an output is a sum over the batch, so that every sample needs a call of its own.
     """
-    if samples == 0:
-        raise ValueError("vmap must have at least one sample; got none")
     in_dims = [dim if isinstance(x, Tensor) else None for x, dim in zip(args, in_dims, strict=True)]
     if summed or any(dim is not None and batch is None for dim, batch in zip(in_dims, batch_in, strict=True)):
         calls = [
-            apply(
-                *(
-                    x if dim is None else x.select(dim, k).contiguous()
-                    for x, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for k in range(samples)
+            apply(*(x if dim is None else _sample(x, dim, k) for x, dim in zip(args, in_dims, strict=True)))
+            for k in range(max(samples, 1))
         ]
-        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(batch_out)
+        stacked = tuple(torch.stack(outputs)[:samples] for outputs in zip(*calls, strict=True))
+        return stacked, (0,) * len(batch_out)
     rows, B = [], 0
     for x, dim, batch in zip(args, in_dims, batch_in, strict=True):
         if isinstance(x, Tensor) and batch is not None:
@@ -202,3 +223,8 @@ def vmapped(
             outputs.append(y.unflatten(batch, (samples, B)))
             out_dims.append(batch)
     return tuple(outputs), tuple(out_dims)
+
+
+def _sample(x: Tensor, dim: int, k: int) -> Tensor:
+    """One of them; zeros where there is none, for the shapes of what comes out."""
+    return x.select(dim, k).contiguous() if x.shape[dim] else x.sum(dim)

@@ -12,9 +12,10 @@ from torch import Tensor
 from gatematch.kernels.autograd import (
     Grads,
     batched,
-    derivative,
     distinct,
     forward_mode,
+    map_batched,
+    may_be_differentiated,
     only,
     second_derivative,
     transformed,
@@ -42,7 +43,7 @@ def lstm_layer(
 
     What a backward pass needs is written only where there may be one.
     """
-    if _differentiated(x, h_0, c_0, *weights):
+    if may_be_differentiated(x, h_0, c_0, *weights):
         save = with_cells or impl != "torch"
         tensors = distinct(x, h_0, c_0, lengths, *weights)
         y, h_n, c_n, cells, *_ = LSTMLayer.apply(projected, impl, save, *tensors)
@@ -57,16 +58,11 @@ def lstm_layer(
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The next h and c of x (B, I), h and c (B, H)."""
-    if _differentiated(x, h, c, *weights):
+    if may_be_differentiated(x, h, c, *weights):
         h, c, _ = LSTMCell.apply(*distinct(x, h, c, *weights))
     else:
         h, c, _ = ops.cell_op(x, h, c, weights, False)
     return h, c
-
-
-def _differentiated(*tensors: Tensor) -> bool:
-    """Whether there may be a backward pass; the ops themselves know nothing of transforms either."""
-    return transformed() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 class LSTMLayer(torch.autograd.Function):
@@ -97,8 +93,7 @@ class LSTMLayer(torch.autograd.Function):
         saved = y, cells, gates, m
         call = (ctx.projected, ctx.impl, wanted, x, h_0, c_0, lengths, *saved, *upstream, *weights)
         if batched(*upstream):
-            function = partial(reference_layer, ctx.projected, lengths)
-            found: Any = derivative(function, (x, h_0, c_0, *weights), upstream, wanted)
+            found: Any = map_batched(LSTMLayerBackward.apply, call)
         elif torch.is_grad_enabled() or transformed() or forward_mode():  # it may be differentiated itself
             found = LSTMLayerBackward.apply(*call)
         else:
@@ -177,7 +172,7 @@ class LSTMCell(torch.autograd.Function):
         gates, *inputs = ctx.saved_tensors
         call = (wanted, gates, g_h, g_c, *inputs)
         if batched(g_h, g_c):
-            found = derivative(_cell_reference, inputs, (g_h, g_c), wanted)
+            found: Any = map_batched(LSTMCellBackward.apply, call)
         elif torch.is_grad_enabled() or transformed() or forward_mode():
             found = LSTMCellBackward.apply(*call)
         else:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from gatematch.kernels.autograd import fake_gradients, no_autocast, or_empty, refuse_tangents
+from gatematch.kernels.autograd import (
+    fake_gradients,
+    no_autocast,
+    or_empty,
+    refuse_forward_mode,
+    refuse_tangents,
+)
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 
 from . import fused
@@ -31,6 +37,7 @@ def layer_op(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n and, if `save`, cells; the kernels also gates and, projected, m; empty ones else."""
+    refuse_forward_mode()
     gates = m = None
     if impl == "torch":
         with no_autocast(x):
@@ -100,6 +107,7 @@ def cell_op(
     x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next h and c and, if `save`, the gates, an empty tensor else."""
+    refuse_forward_mode()
     from gatematch.kernels import lstm_step  # needs Triton, as does layer
 
     from . import layer

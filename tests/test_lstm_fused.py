@@ -198,9 +198,15 @@ def test_opcheck_with_cells(proj_size, lengths):
     torch.library.opcheck(ops.layer_op, (x, h_0, c_0, lengths, weights, proj_size > 0, "torch", True))
 
 
-def test_a_map_over_no_samples_says_so():
-    with pytest.raises(ValueError, match="at least one sample"):
-        torch.func.vmap(LSTM(3, 5))(torch.randn(0, 4, 2, 3))
+def test_a_map_over_no_samples():
+    model = LSTM(3, 5)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    xs, some = torch.randn(0, 4, 2, 3), {name: p.expand(0, *p.shape) for name, p in params.items()}
+    total = lambda x, params: lstm(x, params)[0].sum()  # noqa: E731
+    for dims, x, weights in (((0, None), xs, params), ((None, 0), torch.randn(4, 2, 3), some)):
+        grads = torch.func.vmap(torch.func.grad(total, (0, 1)), dims)(x, weights)
+        assert grads[0].shape == (0, 4, 2, 3)
+        assert all(g.shape == (0, *params[name].shape) for name, g in grads[1].items())
 
 
 def test_one_compiled_function_serves_models_of_different_sizes():

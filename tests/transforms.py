@@ -116,6 +116,14 @@ class Case:
         g = tuple(x.double() for x in g)
         return grad(self.right, self.exact_inputs, g, retain_graph=True)
 
+    def right_pullbacks(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
+        """Those of a batch of gradients, with their graph."""
+        rows = [
+            grad(self.right, self.exact_inputs, tuple(x.double() for x in g), create_graph=True)
+            for g in zip(*batch, strict=True)
+        ]
+        return [torch.stack(found) for found in zip(*rows, strict=True)]
+
     @cached_property
     def right_product(self) -> tuple[Tensor, ...]:
         """The Hessian of the loss, times v."""
@@ -158,6 +166,10 @@ def double(x: Tensor) -> Tensor:
 
 def dot(xs, ys) -> Tensor:
     return sum((x * y.to(x.dtype)).sum() for x, y in zip(xs, ys, strict=True))
+
+
+def detached(xs) -> list[Tensor]:
+    return [x.detach() for x in xs]
 
 
 def data_dims(op: Op) -> tuple[int | None, ...]:
@@ -328,6 +340,24 @@ def batched_gradients(case: Case) -> Found:
             results, inputs, batch, retain_graph=True, create_graph=create_graph, is_grads_batched=True
         )
         yield found, want
+
+    # And what is found can be differentiated, first derivatives and second ones.
+    def derivatives_of_batches(found, exact):
+        weights = detached(exact)
+        ours = grad(dot(found, weights), inputs, retain_graph=True)
+        return ours, grad(dot(exact, weights), case.exact_inputs, retain_graph=True)
+
+    exact = case.right_pullbacks(batch)
+    yield derivatives_of_batches(found, exact)
+    batch = tuple(torch.stack([v, u]) for v, u in zip(case.v, case.u, strict=True))
+    slopes = grad(case.loss(*inputs), inputs, create_graph=True)
+    found = grad(slopes, inputs, batch, create_graph=True, is_grads_batched=True)
+    products = [
+        grad(dot(case.right_gradient, row), case.exact_inputs, create_graph=True) for row in (case.v, case.u)
+    ]
+    exact = [torch.stack(rows) for rows in zip(*products, strict=True)]
+    yield found, exact
+    yield derivatives_of_batches(found, exact)
     slopes = grad(case.loss(*inputs), inputs, create_graph=True)
     size = slopes[0].numel()
     rows = torch.eye(size, dtype=case.dtype).view(size, *slopes[0].shape)
@@ -412,12 +442,13 @@ class Program(nn.Module):
         return tuple(tree_leaves(self.op.function(*given)))
 
 
-def exported(case: Case) -> Callable:
+def exported(case: Case, strict: bool = False, trainable: bool = False) -> Callable:
     """A program whose data may have other sizes: B, and T or Q and A."""
     openings = *case.op.open, *[()] * (len(case.inputs) - len(case.op.open)), *[(0,)] * len(case.lengths)
     opened = [dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in openings]
+    inputs = leaves(case.inputs) if trainable else case.inputs
     program = torch.export.export(
-        Program(case.op), (*case.inputs, *case.lengths), dynamic_shapes={"given": tuple(opened)}
+        Program(case.op), (*inputs, *case.lengths), dynamic_shapes={"given": tuple(opened)}, strict=strict
     )
     return program.module()
 
@@ -437,10 +468,29 @@ def export(case: Case) -> Found:
         yield program(*inputs, *lengths), want
 
 
-def export_backward(case: Case) -> Found:
+def export_backward(case: Case, strict: bool = False) -> Found:
     inputs = leaves(case.inputs)
-    results = exported(case)(*inputs, *case.lengths)
-    yield grad(results, inputs, case.g), case.right_pullback(case.g)
+    results = exported(case, strict, trainable=strict)(*inputs, *case.lengths)
+    # Beside another term, so that what is missing would be so silently.
+    found = grad((*results, inputs[0]), inputs, (*case.g, case.v[0]), allow_unused=True)
+    right = list(case.right_pullback(case.g))
+    right[0] = right[0] + case.v[0]
+    yield found, right
+
+
+def export_strict_backward(case: Case) -> Found:
+    yield from export_backward(case, strict=True)
+
+
+def export_jvp(case: Case) -> Found:
+    program = exported(case)
+    yield jvp(lambda *inputs: program(*inputs, *case.lengths), case.inputs, case.v)[1], case.right_tangents
+
+
+def export_forward_mode(case: Case) -> Found:
+    program = exported(case)
+    with forward_ad.dual_level():
+        yield tangents_of(program(*dual(case.inputs, case.v), *case.lengths)), case.right_tangents
 
 
 def autocast(case: Case) -> Found:
@@ -579,7 +629,8 @@ TABLES = {
         "dual numbers": Column((compiled_forward_mode,)),
         "`torch.func` around": Column((grad_of_compiled, jvp_of_compiled, vmap_of_compiled)),
         "`export`": Column((export,)),
-        "`export`, `backward`": Column((export_backward,)),
+        "`export`, `backward`": Column((export_backward, export_strict_backward)),
+        "`export`, `jvp`": Column((export_jvp, export_forward_mode)),
     },
     "around": {
         "autocast": Column((autocast,), tolerance=0.1),
@@ -624,6 +675,9 @@ FOOTNOTES = {
         torch._dynamo.exc.Unsupported, "Unsupported functorch tracing attempt", ("`torch.func` around",)
     ),
     "e": Raises(RuntimeError, "no autograd formula was registered", ("`export`, `backward`",)),
+    "h": Raises(
+        NotImplementedError, "an op of gatematch has no forward-mode derivative", ("`export`, `jvp`",)
+    ),
     "f": Raises(ValueError, "cannot serve this call", ("`jvp`", "`jacfwd`", "forward AD")),
     "g": Raises(torch._dynamo.exc.Unsupported, "cannot serve this call", ("`torch.func` inside",)),
 }
