@@ -52,7 +52,7 @@ def refuse_forward_mode() -> None:
     """Raise in an op that is called in forward mode, as only an exported program can: it loses tangents."""
     if forward_mode():
         raise NotImplementedError(
-            "an op of gatematch has no forward-mode derivative; the functions and modules have, uncompiled"
+            "an op of gatematch has no forward-mode derivative; the functions and modules themselves have one"
         )
 
 
