@@ -6,8 +6,10 @@ Every test has honest arithmetic, every lane inside its tensors, and NaN in what
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from interpreted import bounds, honest
@@ -18,6 +20,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     def _watched() -> Iterator[None]:
         with bounds.bounds(), bounds.poisoned():
             yield
+
+    @pytest.fixture(autouse=True)
+    def _float32_products() -> Iterator[None]:
+        """No TF32 in the LSTM, but where a test sets it."""
+        rnn: Any = torch.backends.cudnn.rnn
+        before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
+        yield
+        rnn.fp32_precision = before
 
 else:
     collect_ignore_glob = ["test_*.py"]

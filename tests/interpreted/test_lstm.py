@@ -25,14 +25,6 @@ BATCHES = (1, 3, 17, 64)
 KERNELS = ("resident", "persistent", "step")
 
 
-@pytest.fixture(autouse=True)
-def _float32_products():
-    rnn = torch.backends.cudnn.rnn
-    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
-    yield
-    rnn.fp32_precision = before
-
-
 def steps(kernel):
     """Everything that a kernel is run under: the persistent one needs all its programs at once."""
     return cooperative(seed=random.randrange(1000)) if kernel == "persistent" else contextlib.nullcontext()

@@ -21,14 +21,6 @@ def _table():
         transforms.write("kernels", list(OPS), OUTCOMES)
 
 
-@pytest.fixture(autouse=True)
-def _float32_products():
-    rnn = torch.backends.cudnn.rnn
-    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
-    yield
-    rnn.fp32_precision = before
-
-
 def cells():
     for op, (heading, column) in product(OPS, COLUMNS.items()):
         name = f"{heading}-{op}".replace("`", "").replace(" ", "")
