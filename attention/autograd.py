@@ -15,14 +15,11 @@ from torch import Tensor
 
 from gatematch.kernels.autograd import (
     Grads,
-    batched,
+    backward_pass,
     distinct,
-    forward_mode,
-    map_batched,
     may_be_differentiated,
-    only,
+    no_autocast,
     second_derivative,
-    transformed,
     vmapped,
 )
 from gatematch.kernels.precision import library_products
@@ -79,26 +76,14 @@ def sums(
     return r.to(q.dtype), c.to(q.dtype)
 
 
-def followed(*upstream: Tensor) -> bool:
-    """Whether a backward pass is itself differentiated, or batched: for all that is given, or upstream.
-
-    Where it is differentiated the second Function of an op takes over. It has no forward-mode derivative and
-    raises; the op would give zeros.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch.is_grad_enabled() or transformed() or forward_mode() or batched(*upstream)
-
-
 def exactly(
     reference: Callable[..., Any], inputs: tuple[Tensor, ...], dtype: torch.dtype, *options: Any
 ) -> Any:
     """What the reference gives in float32 at least, whatever autocast says, in this dtype."""
     compute = torch.promote_types(inputs[0].dtype, torch.float32)
-    device = inputs[0].device.type
     # A compiler cannot follow the lock of the switch.
     compiling = torch.compiler.is_compiling()
-    with torch.autocast(device, enabled=False) if compiling else library_products(device):
+    with no_autocast(inputs[0]) if compiling else library_products(inputs[0].device.type):
         found = reference(*(x.to(compute) for x in inputs), *options)
     return tuple(y.to(dtype) for y in found) if isinstance(found, tuple) else found.to(dtype)
 
@@ -138,7 +123,8 @@ class PairwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Any) -> Grads:
         q, a, R, centre, *lengths = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        grads = attention_backward(q, a, R, centre, g, *lengths, ctx.impl, ctx.precision, wanted=wanted)
+        call = (q, a, R, centre, g, *lengths, ctx.impl, ctx.precision, wanted)
+        grads = backward_pass(PairwiseAttentionBackward, call, wanted)
         return *grads, None, None, None, None
 
     @staticmethod
@@ -198,7 +184,8 @@ class PairwiseAttend(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Any) -> Grads:
         q, a, v, O, r, *lengths = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        grads = attend_backward(q, a, v, O, r, g, *lengths, ctx.impl, ctx.precision, wanted=wanted)
+        call = (q, a, v, O, r, g, *lengths, ctx.impl, ctx.precision, wanted)
+        grads = backward_pass(PairwiseAttendBackward, call, wanted)
         return *grads, None, None, None, None, None
 
     @staticmethod
@@ -250,7 +237,8 @@ class PairwiseSums(torch.autograd.Function):
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
         q, a, *lengths = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        grads = sums_backward(q, a, g_rows, g_cols, *lengths, ctx.impl, ctx.precision, wanted=wanted)
+        call = (q, a, g_rows, g_cols, *lengths, ctx.impl, ctx.precision, wanted)
+        grads = backward_pass(PairwiseSumsBackward, call, wanted)
         return *grads, None, None, None, None
 
     @staticmethod
@@ -282,20 +270,3 @@ class PairwiseSumsBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         batch_in = (*[0] * 6, None, None, None)
         return vmapped(PairwiseSumsBackward.apply, info.batch_size, in_dims, args, batch_in, (0, 0))
-
-
-def _backward(function: Any, op: Any) -> Callable[..., Grads]:
-    def backward(*args: Any, wanted: tuple[bool, ...]) -> Grads:
-        if batched(*args):
-            grads: Any = map_batched(function.apply, (*args, wanted))
-        else:
-            grads = function.apply(*args, wanted) if followed() else op(*args, list(wanted))
-        return only(grads, wanted)
-
-    return backward
-
-
-# The backward ops, differentiable where that is asked for; they return None for what is not wanted.
-attention_backward = _backward(PairwiseAttentionBackward, attention_backward_op)
-attend_backward = _backward(PairwiseAttendBackward, attend_backward_op)
-sums_backward = _backward(PairwiseSumsBackward, sums_backward_op)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatematch.kernels.autograd import Grads
+from gatematch.kernels.autograd import Grads, backward_pass, followed
 from gatematch.kernels.precision import library_products
 
 from . import autograd, by_torch, tiled
@@ -61,12 +61,10 @@ class PairwiseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
         q, a, q_lengths, a_lengths, *saved = ctx.saved_tensors
-        if autograd.followed(g):
-            nothing = q.new_empty(0)
-            grads = autograd.attention_backward(
-                q, a, nothing, nothing, g, q_lengths, a_lengths, *BY, wanted=ctx.needs_input_grad[:2]
-            )
-            return *grads, None, None
+        if followed(g):
+            wanted, nothing = ctx.needs_input_grad[:2], q.new_empty(0)
+            call = (q, a, nothing, nothing, g, q_lengths, a_lengths, *BY, wanted)
+            return *backward_pass(autograd.PairwiseAttentionBackward, call, wanted), None, None
         with library_products(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             if ctx.kept is None:
@@ -99,12 +97,10 @@ class PairwiseAttend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Grads:
         q, a, v, q_lengths, a_lengths, *normalized = ctx.saved_tensors
-        if autograd.followed(g):
-            O, r = normalized or (q.new_empty(0), q.new_empty(0))
-            grads = autograd.attend_backward(
-                q, a, v, O, r, g, q_lengths, a_lengths, *BY, wanted=ctx.needs_input_grad[:3]
-            )
-            return *grads, None, None, None
+        if followed(g):
+            wanted, (O, r) = ctx.needs_input_grad[:3], normalized or (q.new_empty(0), q.new_empty(0))
+            call = (q, a, v, O, r, g, q_lengths, a_lengths, *BY, wanted)
+            return *backward_pass(autograd.PairwiseAttendBackward, call, wanted), None, None, None
         with library_products(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             grads = by_torch.attend_gradients(x, v, normalized, g)
@@ -126,11 +122,10 @@ class PairwiseSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
         q, a, q_lengths, a_lengths = ctx.saved_tensors
-        if autograd.followed(g_rows, g_cols):
-            grads = autograd.sums_backward(
-                q, a, g_rows, g_cols, q_lengths, a_lengths, *BY, wanted=ctx.needs_input_grad[:2]
-            )
-            return *grads, None, None
+        if followed(g_rows, g_cols):
+            wanted = ctx.needs_input_grad[:2]
+            call = (q, a, g_rows, g_cols, q_lengths, a_lengths, *BY, wanted)
+            return *backward_pass(autograd.PairwiseSumsBackward, call, wanted), None, None
         with library_products(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             grads = by_torch.sums_gradients(x, g_rows, g_cols)

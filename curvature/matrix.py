@@ -61,9 +61,9 @@ def hessian(
         block_diagonal: only each parameter's second derivatives by itself: a dict name -> (p, p) matrix,
             p its number of elements.
         chunk_size: how many rows are computed at once, in as many times the memory of one backward pass;
-            1 computes row by row. None is 32, which is several times as fast as row by row for small
-            models, whose time goes into calls, and slower for large batches of data. A loss with an
-            operation that torch cannot batch is computed row by row.
+            1 computes row by row. None is 32, which is faster than row by row for small models, whose time
+            goes into calls, and slower for large batches of data. A loss with an operation that torch cannot
+            batch is computed row by row.
         progress: show a bar, which needs the package rich.
 
     Returns:

@@ -94,9 +94,6 @@ def distinct(*tensors: Any) -> tuple[Any, ...]:
     return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in tensors)
 
 
-Function = Callable[..., Tensor | tuple[Tensor, ...]]
-
-
 def batched(*tensors: Any) -> bool:
     """Whether ``autograd.grad(is_grads_batched=True)`` brings any of these."""
     return not torch.compiler.is_compiling() and any(
@@ -118,8 +115,36 @@ def map_batched(function: Callable[..., Sequence[Tensor]], args: Sequence[Any]) 
     return [torch._add_batch_dim(y, 0, level) for y in found]
 
 
+def followed(*upstream: Tensor | None) -> bool:
+    """Whether a backward pass is itself differentiated, or batched: for all that is given, or upstream.
+
+    Where it is differentiated the Function of the backward op takes over. It has no forward-mode derivative
+    and raises; the op would give zeros.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or transformed() or forward_mode() or batched(*upstream)
+
+
+def backward_pass(
+    function: type[torch.autograd.Function], args: Sequence[Any], wanted: Sequence[bool]
+) -> Grads:
+    """The gradients that are wanted of a backward op, which may be differentiated itself, or mapped.
+
+    Args:
+        function: the Function around the op.
+        args: its arguments, `wanted` among them.
+    """
+    found: Any
+    if batched(*args):
+        found = map_batched(function.apply, args)
+    else:
+        found = (function.apply if followed() else function.forward)(*args)
+    return only(found, wanted)
+
+
 def second_derivative(
-    function: Function,
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
     wanted: Sequence[bool],

@@ -11,14 +11,10 @@ from torch import Tensor
 
 from gatematch.kernels.autograd import (
     Grads,
-    batched,
+    backward_pass,
     distinct,
-    forward_mode,
-    map_batched,
     may_be_differentiated,
-    only,
     second_derivative,
-    transformed,
     vmapped,
 )
 
@@ -92,13 +88,7 @@ class LSTMLayer(torch.autograd.Function):
         y, cells, gates, m, x, h_0, c_0, lengths, *weights = ctx.saved_tensors
         saved = y, cells, gates, m
         call = (ctx.projected, ctx.impl, wanted, x, h_0, c_0, lengths, *saved, *upstream, *weights)
-        if batched(*upstream):
-            found: Any = map_batched(LSTMLayerBackward.apply, call)
-        elif torch.is_grad_enabled() or transformed() or forward_mode():  # it may be differentiated itself
-            found = LSTMLayerBackward.apply(*call)
-        else:
-            found = LSTMLayerBackward.forward(*call)
-        dx, dh_0, dc_0, *d_weights = only(found, wanted)
+        dx, dh_0, dc_0, *d_weights = backward_pass(LSTMLayerBackward, call, wanted)
         return None, None, None, dx, dh_0, dc_0, None, *d_weights
 
     @staticmethod
@@ -170,14 +160,7 @@ class LSTMCell(torch.autograd.Function):
         if g_h is None and g_c is None:
             return (None,) * len(wanted)
         gates, *inputs = ctx.saved_tensors
-        call = (wanted, gates, g_h, g_c, *inputs)
-        if batched(g_h, g_c):
-            found: Any = map_batched(LSTMCellBackward.apply, call)
-        elif torch.is_grad_enabled() or transformed() or forward_mode():
-            found = LSTMCellBackward.apply(*call)
-        else:
-            found = LSTMCellBackward.forward(*call)
-        return only(found, wanted)
+        return backward_pass(LSTMCellBackward, (wanted, gates, g_h, g_c, *inputs), wanted)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

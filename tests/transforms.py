@@ -593,7 +593,7 @@ class Column:
     transforms: tuple[Callable, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     of_modules: bool = False
-    tolerance: float = 1e-3
+    tolerance: float = 2e-4
     slow: bool = False
 
 
