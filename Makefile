@@ -10,7 +10,7 @@ PIP_ARGS ?=
 # More options of the command, as in: make bench ARGS=--resume
 ARGS ?=
 
-.PHONY: help bench speed check kernels roofline test test-all slow newest lint gpu clean
+.PHONY: help bench speed check kernels roofline test test-all slow newest lint docs docs-check gpu clean
 
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
@@ -22,6 +22,7 @@ help:
 	@echo "make roofline  what a step of the LSTM should cost on an H200, on paper"
 	@echo "make newest    the kernels compiled with the newest Triton, beside the one in constraints.txt"
 	@echo "make lint      ruff, and mypy on the installed package"
+	@echo "make docs      the documentation as a site in $(OUT)/site; make docs-check opens its pages in Chromium"
 	@echo "make gpu       the CUDA tests, on a machine that has torch, triton, numpy, pytest and setuptools"
 
 # Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
@@ -42,6 +43,9 @@ $(VENV)/for-test: $(SOURCES)
 	$(call install,.[bench$(comma)test])
 	touch $(VENV)/for-bench
 
+$(VENV)/for-docs: $(SOURCES)
+	$(call install,.[docs])
+
 bench: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench answers --out $(OUT)/answers $(ARGS)
 
@@ -59,13 +63,13 @@ kernels: $(VENV)/for-bench
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/for-test
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not site"
 
 test-all: $(VENV)/for-test
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not site"
 
 slow: $(VENV)/for-test
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not site"
 
 roofline: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench roofline --json $(OUT)/roofline.json $(ARGS)
@@ -79,6 +83,14 @@ lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m mypy -p gatematch.kernels -p gatematch.lstm -p gatematch.attention -p gatematch.curvature -p gatematch.bench
+
+# The API reference is read off the installed package. The variable keeps Material for MkDocs from advertising
+# against another project's next version in the log.
+docs: $(VENV)/for-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir $(OUT)/site
+
+docs-check: docs
+	SITE=$(OUT)/site $(RUN) -m pytest -m site tests/test_site.py
 
 # Takes nothing from a network.
 GPU_PYTHON ?= python3

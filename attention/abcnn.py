@@ -76,9 +76,9 @@ class ABCNN(nn.Module):
     are at each level: the cosine of their all-ap vectors, for the input and for each block.
 
     - ``"bcnn"``: no attention; both poolings are means.
-    - ``"abcnn1"``: each block reads :class:`AttentionFeatures` of its input as a second channel.
+    - ``"abcnn1"``: each block reads `AttentionFeatures` of its input as a second channel.
     - ``"abcnn2"``: w-ap sums the columns, weighted by the row and column sums of the attention between both
-      sentences' convolutions (:func:`pairwise_sums`: that attention itself is never in memory).
+      sentences' convolutions (`pairwise_sums`: that attention itself is never in memory).
     - ``"abcnn3"``: both.
 
     The paper and the authors' code differ, hence the variants:
@@ -100,23 +100,22 @@ class ABCNN(nn.Module):
         kind: "bcnn", "abcnn1", "abcnn2" or "abcnn3".
         variant: "official" or "paper".
         embedding: looks words up, so that sentences are given as ids; pretrained, frozen or learned, with the
-            options of :class:`torch.nn.Embedding`. None: sentences are given as vectors.
+            options of `torch.nn.Embedding`. None: sentences are given as vectors.
         classes: ends with a linear layer from the similarities to that many logits. None: the similarities
             themselves, to be joined with other features of a pair as the paper does.
-        device, dtype: of the weights; not of `embedding`, which stays as it is given.
+        device: of the weights; not of `embedding`, which stays as it is given.
+        dtype: of the weights, likewise.
 
     Call:
         ``model(q, a, q_lengths=None, a_lengths=None)``
 
-        q, a: (B, Q, D) and (B, A, D), or unbatched (Q, D) and (A, D), in the dtype of the weights; with
-        `embedding` integer ids (B, Q) and (B, A), or (Q,) and (A,). Q and A from 1 to `length`.
-        q_lengths, a_lengths: (B,) integers, how many words of each sentence are real; None: all. The others
-        are left out ("official") or become zero vectors ("paper"). A sentence of length 0 is allowed: its
-        convolution sees `width` - 1 columns of zeros.
-
-    Returns:
-        Similarities (B, blocks + 1), the input's first, each from -1 to 1 and 0 beside a zero vector, in the
-        dtype of the vectors; or logits (B, classes); unbatched without B.
+        - q, a: (B, Q, D) and (B, A, D), or unbatched (Q, D) and (A, D), in the dtype of the weights; with
+          `embedding` integer ids (B, Q) and (B, A), or (Q,) and (A,). Q and A from 1 to `length`.
+        - q_lengths, a_lengths: (B,) integers, how many words of each sentence are real; None: all. The others
+          are left out ("official") or become zero vectors ("paper"). A sentence of length 0 is allowed: its
+          convolution sees `width` - 1 columns of zeros.
+        - Returns similarities (B, blocks + 1), the input's first, each from -1 to 1 and 0 beside a zero
+          vector, in the dtype of the vectors; or logits (B, classes); unbatched without B.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name, before

@@ -81,9 +81,14 @@ def pairwise_attend(
     Second derivatives, forward mode and ``torch.func`` inside of what is compiled take O(Q·A·(D + V)).
 
     Args:
-        q, a, q_lengths, a_lengths, impl, precision: as for :func:`pairwise_attention`.
+        q: (B, Q, D) or (Q, D), as for `pairwise_attention`.
+        a: (B, A, D) or (A, D).
         v: (B, A, V) or (A, V), dtype and device of q; rows past `a_lengths` count as 0.
         normalize: None, or "rows" to divide row i by ``sum_j S[b, i, j]`` (rows without any pair give 0).
+        q_lengths: (B,) integers; rows past them give 0.
+        a_lengths: (B,) integers; rows past them are left out.
+        impl: as for `pairwise_attention`.
+        precision: as for `pairwise_attention`.
 
     Returns:
         (B, Q, V) or (Q, V), in the dtype of q.
@@ -126,7 +131,12 @@ def pairwise_sums(
     """Row sums and column sums of S without S in memory (the weights of ABCNN-2's pooling).
 
     Args:
-        q, a, q_lengths, a_lengths, impl, precision: as for :func:`pairwise_attention`.
+        q: (B, Q, D) or (Q, D), as for `pairwise_attention`.
+        a: (B, A, D) or (A, D).
+        q_lengths: (B,) integers; rows past them are left out of the column sums, and their own sums are 0.
+        a_lengths: the same for a.
+        impl: as for `pairwise_attention`.
+        precision: as for `pairwise_attention`.
 
     Returns:
         ``S.sum(2)`` (B, Q) and ``S.sum(1)`` (B, A), or (Q,) and (A,), in the dtype of q.

@@ -12,7 +12,7 @@ from .functional import pairwise_attention
 class PairwiseAttention(nn.Module):
     """``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` as a module without parameters.
 
-    Takes and returns what :func:`pairwise_attention` does.
+    Takes and returns what `pairwise_attention` does.
     """
 
     def forward(
@@ -34,7 +34,8 @@ class AttentionFeatures(nn.Module):
         length: the longest sentence, in rows; shorter ones use the first columns of the weights.
         features: width of the feature maps, D for channels of the width of the sentences.
         shared: one weight for both sides (W0 = W1), as in the authors' code: `weight_q`; `weight_a` is None.
-        device, dtype: of the weights.
+        device: of the weights.
+        dtype: of the weights; float64, float32, float16 or bfloat16.
 
     Shapes: q (B, Q, D), a (B, A, D) with Q, A <= length -> F_q (B, Q, features), F_a (B, A, features);
     unbatched likewise. Rows past `q_lengths`, `a_lengths` get features 0.

@@ -41,7 +41,8 @@ def attention_pool(
             them give 0, and what lies there does not matter.
         a_lengths: the same for a.
         normalize: divide the weights of a sentence by their sum, as the authors' code does.
-        impl, precision: as for :func:`pairwise_attention`.
+        impl: as for `pairwise_attention`.
+        precision: as for `pairwise_attention`.
 
     Returns:
         P_q (B, Q - width + 1, D) and P_a (B, A - width + 1, D), in the dtype of q.

@@ -44,9 +44,11 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
         return _roofline(rows)
     if all(row["case"].startswith("hessian/") for row in rows):
         return _hessian(rows)
+    if all(row["case"].startswith("example/") for row in rows):
+        return _example(rows)
     raise ValueError(
-        f"results file {path} must come from answers, speed or kernels, or from roofline or hessian; "
-        "there is no table for it"
+        f"results file {path} must come from answers, speed or kernels, from roofline or hessian, or from an "
+        "example; there is no table for it"
     )
 
 
@@ -147,3 +149,13 @@ def _roofline(rows: list[dict[str, Any]]) -> str:
 def _hessian(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---:|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells(rows))])
+
+
+def _example(rows: list[dict[str, Any]]) -> str:
+    """The rows as they are, of a program in examples/: it knows best how many digits mean something."""
+    headings = list(rows[0])[1:]
+    lines = [f"| | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
+    for row in rows:
+        cells = [row["case"].removeprefix("example/"), *(str(row[heading]) for heading in headings)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -98,14 +98,15 @@ def hvp(loss_fn: LossFn, params: Params, vector: Tensor) -> Tensor:
     """The product of the Hessian with one vector, in O(P) memory beside one graph of the loss's gradient.
 
     Args:
-        loss_fn, params: as for `hessian`. `HessianOperator` serves many products without calling it again.
+        loss_fn: as for `hessian`. `HessianOperator` serves many products without calling it again.
+        params: as for `hessian`.
         vector: (P,) in the promoted dtype of the parameters, on their device.
 
     Returns:
         H v, (P,), dtype and device of the vector, out of the graph.
 
     Raises:
-        As `hessian`.
+        TypeError, ValueError, RuntimeError: as `hessian`.
     """
     check_loss_fn(loss_fn)
     parameters = Parameters(params)

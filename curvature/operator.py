@@ -23,7 +23,8 @@ class HessianOperator(LinearOperator):
     its last call; for new data make a new operator.
 
     Args:
-        loss_fn, params: as for `hessian`. The loss is called once here.
+        loss_fn: as for `hessian`. It is called once here.
+        params: as for `hessian`.
 
     Attributes:
         shape: (P, P).
@@ -32,8 +33,8 @@ class HessianOperator(LinearOperator):
         index: name -> rows, as `parameter_index` gives them.
 
     Raises:
-        As `hessian`; a product raises TypeError for a complex vector, and FloatingPointError if it is not
-        finite, which solvers would not survive.
+        TypeError, ValueError, RuntimeError: as `hessian`; a product also for a complex vector.
+        FloatingPointError: a product is not finite, which solvers would not survive.
     """
 
     def __init__(self, loss_fn: LossFn, params: Params) -> None:

@@ -84,7 +84,7 @@ def spectral_density(
         (nodes, weights), float64, at most samples · steps of each; the nodes are in ascending order.
 
     Raises:
-        As `trace`; also ValueError if a product is not finite.
+        TypeError, ValueError: as `trace`; also ValueError if a product is not finite.
     """
     _check(op, samples=(samples, 1), steps=(steps, 1), seed=(0 if seed is None else seed, 0))
     if op.shape[0] == 0:

@@ -103,7 +103,10 @@ def lstm_cell(
     Args:
         x: (B, I) or (I,).
         hx: h and c, (B, H) each, (H,) for an unbatched x; zeros if None.
-        weight_ih, weight_hh, bias_ih, bias_hh: (4H, I), (4H, H), (4H,) and (4H,); both biases or none.
+        weight_ih: (4H, I), the gates in the order i, f, g, o.
+        weight_hh: (4H, H).
+        bias_ih: (4H,); both biases or none.
+        bias_hh: (4H,).
         impl: "auto", "torch" or "triton", as for `lstm`, or "step", the only kernel of a single step.
 
     Returns:

@@ -53,11 +53,13 @@ def named_gates(module: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
         module: `gatematch.lstm.LSTM`, `LSTMCell` or torch's, any number of layers and directions.
         grad: views into the parameters' `.grad` instead; parameters without a gradient are left out.
 
-    Returns, by layer and direction, in the dtype and on the device of the parameters:
+    Returns, by layer and direction, in the dtype and on the device of the parameters,
+
         W_ii, W_if, W_ig, W_io   (H, I)   input matrices
         W_hi, W_hf, W_hg, W_ho   (H, H)   recurrent matrices; (H, P) with a projection
         b_ii, b_if, b_ig, b_io   (H,)     input biases, and b_hi ... b_ho, the recurrent ones
         W_hr                     (P, H)   projection
+
     each followed by the layer's suffix: `W_ii_l0`, `W_ii_l1_reverse`; none for a cell. In layers above
     the first, I is the width of the layer below.
 
@@ -126,16 +128,16 @@ def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], o
 def init_preset_(module: Module, preset: str, generator: torch.Generator | None = None) -> Module:
     """Initialise every parameter of an LSTM or LSTMCell in place, as another library does by default.
 
-    "torch": U(-1/sqrt(H), 1/sqrt(H)) for all, W_hr and biases included; the same values as
-        `reset_parameters()` from the same random state.
-    "keras": as `keras.layers.LSTM`. Input kernel Glorot uniform over the fused (I, 4H), limit
-        sqrt(6 / (I + 4H)); recurrent kernel orthogonal over the fused (R, 4H), so the columns of
-        weight_hh are orthonormal; biases 0 and the forget bias 1, if there are biases.
-        Keras has no projection: W_hr gets Glorot uniform, its default for a dense kernel.
-    "tf1": as TensorFlow 1's `BasicLSTMCell` and `LSTMCell`. Glorot uniform over the fused [x, h] kernel
-        (I + R, 4H), limit sqrt(6 / (I + R + 4H)), that is sqrt(6 / (I + 5H)) without a projection;
-        biases 0. The forget_bias 1 which those cells add in every step is put in the forget bias, so
-        a module without biases is refused. W_hr is Glorot uniform, as `LSTMCell`'s projection kernel.
+    - "torch": U(-1/sqrt(H), 1/sqrt(H)) for all, W_hr and biases included; the same values as
+      `reset_parameters()` from the same random state.
+    - "keras": as `keras.layers.LSTM`. Input kernel Glorot uniform over the fused (I, 4H), limit
+      sqrt(6 / (I + 4H)); recurrent kernel orthogonal over the fused (R, 4H), so the columns of
+      weight_hh are orthonormal; biases 0 and the forget bias 1, if there are biases.
+      Keras has no projection: W_hr gets Glorot uniform, its default for a dense kernel.
+    - "tf1": as TensorFlow 1's `BasicLSTMCell` and `LSTMCell`. Glorot uniform over the fused [x, h] kernel
+      (I + R, 4H), limit sqrt(6 / (I + R + 4H)), that is sqrt(6 / (I + 5H)) without a projection;
+      biases 0. The forget_bias 1 which those cells add in every step is put in the forget bias, so
+      a module without biases is refused. W_hr is Glorot uniform, as `LSTMCell`'s projection kernel.
 
     torch has two biases where these libraries have one: the forget bias 1 goes to b_if and b_hf is 0.
     Glorot: https://proceedings.mlr.press/v9/glorot10a.html; orthogonal: https://arxiv.org/abs/1312.6120.

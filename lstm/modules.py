@@ -26,13 +26,21 @@ class LSTM(nn.Module):
     A state_dict of either loads into the other, and both draw the same initial weights from a seed.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
-            dtype: as in torch.nn.LSTM.
+        input_size: I, the width of the input.
+        hidden_size: H, the width of the cell state, and of the output without a projection.
+        num_layers: layers, each reading the output of the one below.
+        bias: whether there are biases, two for each gate.
+        batch_first: input and output are (B, T, ...) instead of (T, B, ...).
+        dropout: probability of dropping an output between layers, in training.
+        bidirectional: each layer reads the sequence in both directions.
+        proj_size: P, the width to which h is projected; 0 for none.
+        device: of the parameters.
+        dtype: of the parameters.
         impl: "auto", "torch", "triton" or a kernel's name, as in `gatematch.lstm.lstm`.
 
     Raises:
         TypeError, ValueError: as torch.nn.LSTM does, and for a `bidirectional` that is no bool or an unknown
-        impl.
+            impl.
     """
 
     mode = "LSTM"
@@ -159,7 +167,11 @@ class LSTMCell(nn.Module):
     """One step of an LSTM with the constructor, attributes, parameters and results of `torch.nn.LSTMCell`.
 
     Args:
-        input_size, hidden_size, bias, device, dtype: as in torch.nn.LSTMCell.
+        input_size: I, the width of the input.
+        hidden_size: H, the width of both states.
+        bias: whether there are biases, two for each gate.
+        device: of the parameters.
+        dtype: of the parameters.
         impl: "auto", "torch", "triton" or "step", as in `gatematch.lstm.lstm_cell`.
     """
 

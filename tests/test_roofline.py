@@ -264,7 +264,7 @@ def test_the_committed_results_are_those_of_the_model(rows):
 
 
 def test_the_numbers_of_the_document_are_those_of_the_model(rows):
-    prose = " ".join((ROOT / "docs" / "roofline.md").read_text().split())
+    prose = " ".join((ROOT / "docs" / "design" / "roofline.md").read_text().split())
     gains = {row["case"]: row["wavefront"]["gain"] for row in rows}
     pays, loses = (
         sum(test(gain) for gain in gains.values()) for test in (lambda g: g >= 1.1, lambda g: g < 1)
@@ -302,7 +302,7 @@ def test_the_kernel_that_serves_is_the_one_that_the_layer_takes():
 
 
 def test_what_the_lstm_document_says_of_the_model(rows):
-    text = " ".join((ROOT / "docs" / "lstm.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "design" / "lstm-kernels.md").read_text().split())
     gains = [
         row["wavefront"]["gain"]
         for row in rows

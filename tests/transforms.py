@@ -2,7 +2,7 @@
 
 A transform yields what it computes of an op and what that should be: the same op in plain torch, in float64,
 differentiated by torch's autograd alone. Nothing to compare with is zero, so that a silent zero cannot pass.
-docs/differentiation.md has the tables; GATEMATCH_WRITE_TABLES=1 makes a run of the tests write them.
+docs/differentiation.md has the tables; GATEMATCH_WRITE_DOCS=1 makes a run of the tests write them.
 """
 
 import copy
@@ -718,7 +718,7 @@ def compare(found, right, tolerance: float) -> None:
 
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "differentiation.md"
-WRITING = os.environ.get("GATEMATCH_WRITE_TABLES") == "1"
+WRITING = os.environ.get("GATEMATCH_WRITE_DOCS") == "1"
 _BLOCK = "(?<=<!-- transforms {} -->\n).*?(?=<!-- end -->)"
 
 
