@@ -283,11 +283,27 @@ def plot(
 
 
 @app.command()
+def overview(
+    results: Annotated[Path, typer.Argument(help="A folder with answers.json, speed.json and hessian.json.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the picture; default: that of the results.")
+    ] = None,
+) -> None:
+    """Draw one picture of the results of `answers`, `speed` and `hessian`."""
+    from gatematch.bench.overview import overview as draw_overview
+    from gatematch.bench.plots import save as save_pictures
+
+    with one_sentence_errors():
+        for path in save_pictures(draw_overview(results), out or results):
+            typer.echo(path)
+
+
+@app.command()
 def table(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A results file of `answers`, `speed`, `kernels`, `roofline` or `hessian`, "
+            help="A results file of `answers`, `speed`, `kernels`, `roofline`, `hessian` or an example, "
             "or several of `answers`."
         ),
     ],

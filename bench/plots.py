@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 from .results import read_results
 
-_COLORS = ["#1f6fb4", "#e0862a", "#3a9a5b", "#8a5fb0", "#8a8f98"]
+# One for every peer there is, told apart by shape as well as by color.
+_COLORS = ["#1f6fb4", "#e0862a", "#3a9a5b", "#8a5fb0", "#8a8f98", "#7a4a24", "#c8447c"]
+_MARKERS = "osDo^vX"
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
@@ -57,14 +59,16 @@ def _speed(rows: list[dict[str, Any]]) -> Figure:
     )
     figure = Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
     ax = figure.subplots()
-    for color, name in zip(_COLORS, names, strict=False):
+    if len(names) > len(_COLORS):
+        raise ValueError(f"the picture has room for {len(_COLORS)} peers; got {', '.join(names)}")
+    for color, marker, name in zip(_COLORS, _MARKERS, names, strict=False):
         timed = [
             (k, row["peers"][name]["ratio"])
             for k, row in enumerate(rows)
             if "ratio" in row["peers"].get(name, {})
         ]
         places, ratios = zip(*timed, strict=True)
-        ax.scatter(ratios, places, s=22, color=color, label=name, zorder=3)
+        ax.scatter(ratios, places, s=22, color=color, marker=marker, label=name, zorder=3)
     labels = [
         f"{row['case']}{'' if row['data'] == 'random' else ', ' + row['data']}, "
         + ("fwd" if row["mode"] == "forward" else "fwd+bwd")

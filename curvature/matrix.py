@@ -48,8 +48,11 @@ def hessian(
 ) -> Tensor | dict[str, Tensor]:
     """The Hessian of a loss over tensors of any shapes, as one symmetric matrix.
 
-        w, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
-        H = hessian(lambda: torch.tanh(x @ w + b).square().mean(), [w, b])     # (16, 16)
+    ```python
+    w, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    x = torch.randn(20, 3)
+    H = hessian(lambda: torch.tanh(x @ w + b).square().mean(), [w, b])     # (16, 16)
+    ```
 
     Args:
         loss_fn: takes no argument, reads the parameters where they live, as an optimiser's closure does, and

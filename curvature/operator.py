@@ -12,8 +12,11 @@ from .parameters import Parameters, Params
 class HessianOperator(LinearOperator):
     """The Hessian of a loss as a symmetric operator (P, P), which is never a matrix.
 
-        op = HessianOperator(loss_fn, model)
-        top = scipy.sparse.linalg.eigsh(op, k=5, return_eigenvectors=False)
+    ```python
+    model, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    op = HessianOperator(lambda: model(x)[0].square().mean(), model)
+    top = scipy.sparse.linalg.eigsh(op, k=5, return_eigenvectors=False)
+    ```
 
     The graph of the gradient is kept, so a product costs one backward pass through it and no call of the
     loss. Before each product the parameters are compared with those it was made at; if an optimiser step or

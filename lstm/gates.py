@@ -82,8 +82,11 @@ def named_gates(module: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
 def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], object]]) -> Module:
     """Initialise an LSTM or LSTMCell in place, gate by gate.
 
-        init_gates_(lstm, {"W_i*": nn.init.xavier_uniform_, "W_h[ifgo]*": nn.init.orthogonal_,
-                           "b_*": 0.0, "b_if*": 1.0})
+    ```python
+    lstm = torch.nn.LSTM(3, 4)
+    init_gates_(lstm, {"W_i*": nn.init.xavier_uniform_, "W_h[ifgo]*": nn.init.orthogonal_,
+                       "b_*": 0.0, "b_if*": 1.0})
+    ```
 
     Args:
         module: see `named_gates`.

@@ -1,6 +1,7 @@
 """The benchmark's own machinery: cases, errors, timing, results files and the commands."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gatematch.attention import pairwise_sums
 from gatematch.bench import cases, check, speed
 from gatematch.bench.__main__ import app
 from gatematch.bench.markdown import markdown
+from gatematch.bench.overview import overview
 from gatematch.bench.plots import draw
 from gatematch.bench.results import describe_machine, read_results, write_results
 from gatematch.bench.timing import measure, peak_bytes
@@ -169,6 +171,69 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     assert json.dumps(meta)
 
 
+COMMITTED = Path(__file__).parents[1] / "bench" / "results" / "cpu"
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+
+
+def texts(picture: Path) -> list[str]:
+    """All that an SVG says: its bytes depend on the version of matplotlib."""
+    return re.findall(r"<text[^>]*>([^<]+)</text>", picture.read_text())
+
+
+@pytest.mark.parametrize("name", ["answers", "speed", "hessian"])
+def test_committed_pictures_are_those_of_the_committed_results(name, tmp_path):
+    drawn = [path for path in draw(COMMITTED / f"{name}.json", tmp_path) if path.suffix == ".svg"]
+    assert drawn
+    for path in drawn:
+        assert texts(path) == texts(PICTURES / path.name), (
+            f"gatematch-bench plot {name}.json --out docs/pictures"
+        )
+
+
+def test_the_overview_is_that_of_the_committed_results(tmp_path):
+    code, output = run("overview", COMMITTED, "--out", tmp_path)
+    assert code == 0 and [Path(line).name for line in output.split()] == ["overview.svg", "overview.png"]
+    said = texts(tmp_path / "overview.svg")
+    assert said == texts(PICTURES / "overview.svg"), (
+        "gatematch-bench overview bench/results/cpu --out docs/pictures"
+    )
+    attention, text, matrix = (
+        next(row for row in read_results(COMMITTED / f"{name}.json")["rows"] if wanted.items() <= row.items())
+        for name, wanted in (
+            ("answers", {"case": "answers/attention"}),
+            ("speed", {"case": "pairwise/sentences-300", "data": "text", "mode": "forward+backward"}),
+            ("hessian", {"case": "hessian/lstm"}),
+        )
+    )
+    assert said.count("1") == sum(score == 1 for scores in attention["S"] for score in scores) > 0
+    equal = [a == b for a in attention["question"] for b in attention["answer"]]
+    assert [score == 1 for scores in attention["S"] for score in scores] == equal, (
+        "equal words score exactly 1"
+    )
+    assert set(said) >= {*attention["question"], *attention["answer"], *"ifgo", "W_i", "W_h", "b_i", "b_h"}
+    right = [peer["ratio"] for name in ("cdist, exact mode", "broadcast") for peer in [text["peers"][name]]]
+    wrong = text["peers"]["cdist, fast mode"]
+    assert wrong["status"] == "wrong" and f"cdist is off by {wrong['error']:.2f}" in said
+    assert {f"{ratio:.3g}x" for ratio in right} < set(said)
+    assert f"{min(right):.0f} to {max(right):.0f} times faster" in said
+    shown = overview(COMMITTED)["overview"].axes
+    assert shown[0].images[0].get_array().tolist() == attention["S"]
+    assert shown[1].images[0].get_array().shape == (matrix["parameters"], matrix["parameters"])
+
+
+def test_every_peer_has_a_color(rows, tmp_path):
+    names = [f"peer {n}" for n in range(8)]
+    for row in rows:
+        row["peers"] = {name: {"status": "timed", "ratio": 1.5} for name in names[:7]}
+    write_results(tmp_path / "speed.json", {}, rows)
+    draw(tmp_path / "speed.json", tmp_path)
+    assert set(names[:7]) < set(texts(tmp_path / "speed.svg"))
+    rows[0]["peers"][names[7]] = {"status": "timed", "ratio": 1.5}
+    write_results(tmp_path / "speed.json", {}, rows)
+    with pytest.raises(ValueError, match=r"room for 7 peers; got .*peer 7"):
+        draw(tmp_path / "speed.json", tmp_path)
+
+
 def run(*arguments: str | Path) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -205,6 +270,7 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         (("plot", wrong_rows), "must hold"),
         (("plot", no_peers), "must come from answers or speed"),
         (("plot", no_ours), "lacks what a picture needs"),
+        (("overview", tmp_path), f"results file {tmp_path / 'answers.json'} does not exist"),
         (("table", no_peers), "must come from answers, speed or kernels"),
         (("table", whole, no_peers), f"results file {no_peers} must come from answers"),
         (("table", no_ours, whole), f"results file {no_ours} must come from answers"),

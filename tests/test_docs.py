@@ -4,6 +4,7 @@ A fenced block of `text` right behind one of `python` is what that prints; GATEM
 """
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scipy.sparse.linalg
 import torch
 import typer
 
@@ -19,6 +21,7 @@ import gatematch.curvature
 import gatematch.lstm
 from gatematch.bench.__main__ import app
 
+PACKAGES = [gatematch.lstm, gatematch.attention, gatematch.curvature]
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in sorted(ROOT.glob("docs/**/*.md")) if "```python" in page.read_text()]
 WRITING = os.environ.get("GATEMATCH_WRITE_DOCS") == "1"
@@ -56,9 +59,20 @@ def test_blocks_of_other_languages_are_few() -> None:
         assert set(languages) <= {"python", "text", "sh"}, page
 
 
-@pytest.mark.parametrize(
-    "package", [gatematch.lstm, gatematch.attention, gatematch.curvature], ids=lambda it: it.__name__
-)
+def test_the_references_code_runs() -> None:
+    """That of docstrings: each block by itself, after the imports that its names need."""
+    found = 0
+    for package in PACKAGES:
+        for name in package.__all__:
+            for code in re.findall(
+                r"^```python\n(.*?)^```", inspect.getdoc(getattr(package, name)) or "", re.S | re.M
+            ):
+                exec(code, vars(package) | {"torch": torch, "nn": torch.nn, "scipy": scipy})
+                found += 1
+    assert found == 3
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_the_reference_has_all_that_is_public(package: ModuleType) -> None:
     page = (ROOT / "docs" / "api" / f"{package.__name__.split('.')[1]}.md").read_text()
     shown = re.findall(rf"^::: {package.__name__}\.(\w+)$", page, re.MULTILINE)
