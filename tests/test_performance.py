@@ -187,3 +187,28 @@ def test_what_check_found() -> None:
     )
     for row in found:
         assert row["error"] <= row["bound"] and row["gradient_error"] <= row["gradient_bound"]
+
+
+def test_what_other_pages_quote() -> None:
+    cdist = " ".join((ROOT / "docs" / "questions" / "cdist-equal-vectors.md").read_text().split())
+    guide = " ".join((ROOT / "docs" / "pairwise.md").read_text().split())
+    text = [row["time_to_random"] for row in SPEED if row["data"] == "text"]
+    assert f"text took {between(text, '.1f')} times" in cdist
+    assert f"one by one: {between(text, '.1f')} times as much" in guide
+    wrong = next(
+        row["peers"]["cdist, fast mode"]
+        for row in SPEED
+        if (row["case"], row["data"], row["mode"]) == ("pairwise/sentences-300", "text", "forward+backward")
+    )
+    assert (f"{wrong['error']:.0e}", f"{wrong['gradient_error']:.0e}") == ("2e-02", "6e-02")
+    assert "scores off by 2e-2 and its gradient by 6e-2" in cdist
+    many, few = (
+        [
+            [entry["ratio"] for row, entry in timed(peer, "forward") if (row["shape"]["D"] >= 50) == wide]
+            for peer in ("cdist, exact mode", "cdist, fast mode")
+        ]
+        for wide in (True, False)
+    )
+    assert f"takes {min(many[0]):.1f} to {max(many[0]):.0f} times as long" in cdist
+    assert f"by matrix product {between(many[1], '.1f')} times" in cdist
+    assert f"matrix product takes {between(few[1], '.2f')} times as long" in cdist
