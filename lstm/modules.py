@@ -116,16 +116,17 @@ class LSTM(nn.Module):
 
     def forward(
         self,
-        x: Tensor | PackedSequence,
+        input: Tensor | PackedSequence,
         hx: State | None = None,
         lengths: Tensor | None = None,
         return_cells: bool = False,
     ) -> tuple[Any, ...]:
         """y, (h_n, c_n), and the last layer's cell states with `return_cells`.
 
-        x is (T, B, I), (B, T, I) with batch_first, unbatched (T, I), or a PackedSequence; h_0 and c_0 are
-        (L * D, B, P) and (L * D, B, H), P being H without a projection and D the number of directions;
-        lengths is (B,). Results, dtypes and errors are those of `gatematch.lstm.lstm`.
+        The input, called x everywhere else, is (T, B, I), (B, T, I) with batch_first, unbatched (T, I), or a
+        PackedSequence; h_0 and c_0 are (L * D, B, P) and (L * D, B, H), P being H without a projection and D
+        the number of directions; lengths is (B,). Results, dtypes and errors are those of
+        `gatematch.lstm.lstm`.
         """
         spec, parameters = self._spec, self._parameters
         try:  # much quicker than attribute access, which reaches `_parameters` last
@@ -133,7 +134,7 @@ class LSTM(nn.Module):
         except KeyError:
             weights = [getattr(self, name) for name in spec.names]
         return run(
-            x,
+            input,
             weights,
             spec,
             hx,
@@ -209,14 +210,14 @@ class LSTMCell(nn.Module):
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, x: Tensor, hx: State | None = None) -> State:
-        """The next h and c, from x (B, I) or (I,) and h and c (B, H) or (H,): `gatematch.lstm.lstm_cell`."""
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """The next h and c, from (B, I) or (I,) and h and c (B, H) or (H,): `gatematch.lstm.lstm_cell`."""
         parameters = self._parameters
         try:
             weights: list[Any] = [parameters[name] for name in _CELL_NAMES]
         except KeyError:
             weights = [getattr(self, name) for name in _CELL_NAMES]
-        return lstm_cell(x, hx, *weights, impl=self.impl)
+        return lstm_cell(input, hx, *weights, impl=self.impl)
 
     def extra_repr(self) -> str:
         bias = "" if self.bias is True else f", bias={self.bias}"
@@ -264,10 +265,9 @@ def _adopt(name: str, theirs: nn.Module) -> nn.Module:
         }
         theirs_type = nn.utils.parametrize.type_before_parametrizations(theirs)
     if theirs_type not in (nn.LSTM, nn.LSTMCell) or "forward" in vars(theirs):
-        raise TypeError(
-            f"{name}: expected a torch.nn.{ours.__name__} itself, got {theirs_type.__name__} "
-            "with a forward of its own"
-        )
+        own = "forward" in vars(theirs)
+        got = "one with a forward of its own" if own else f"its subclass {theirs_type.__name__}"
+        raise TypeError(f"{name}: expected a torch.nn.{ours.__name__} itself, got {got}")
     cls = type(f"Parametrized{ours.__name__}", (ours,), members) if members else ours
     module: nn.Module = nn.Module.__new__(cls)
     state = {k: v for k, v in vars(theirs).items() if k not in _TORCH_ONLY}

@@ -541,13 +541,23 @@ def test_convert_refuses_what_it_would_break() -> None:
             return super().forward(2 * x, hx)
 
     model = nn.Sequential(nn.LSTM(5, 5), Own(5, 5))
-    with pytest.raises(TypeError, match=r"1: expected a torch.nn.LSTM itself, got Own"):
+    with pytest.raises(TypeError, match=r"1: expected a torch.nn.LSTM itself, got its subclass Own"):
         convert(model)
     assert type(model[0]) is nn.LSTM
     patched = nn.LSTM(5, 5)
     patched.forward = lambda x: x
     with pytest.raises(TypeError, match="forward of its own"):
         convert(patched)
+
+
+def test_the_arguments_are_called_as_torchs() -> None:
+    theirs, ours = pair()
+    x = torch.randn(3, 2, 5)
+    state = make_state(ours, 2)
+    same(flat(ours(input=x, hx=state)), flat(theirs(input=x, hx=state)))
+    cell, their_cell = LSTMCell(5, 7), nn.LSTMCell(5, 7)
+    cell.load_state_dict(their_cell.state_dict())
+    same(cell(input=x[0], hx=None), their_cell(input=x[0], hx=None))
 
 
 @pytest.mark.parametrize("cls", [LSTM, LSTMCell])

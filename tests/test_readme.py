@@ -1,4 +1,4 @@
-"""The README's examples run as they stand; its numbers, and all tables, are those of the committed results."""
+"""The README's examples run as they stand; its numbers and all tables are those of the committed results."""
 
 import json
 import re
