@@ -1,8 +1,6 @@
 """The Hessian as a matrix and as an operator, against finite differences, torch.func and known spectra."""
 
 import math
-import pathlib
-import re
 import sys
 import tracemalloc
 import weakref
@@ -27,7 +25,6 @@ from gatematch.curvature import (
 )
 from gatematch.lstm import LSTM, named_gates
 
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "curvature.md"
 double = torch.float64
 
 
@@ -855,20 +852,3 @@ def test_bad_steps_and_infinite_operators():
         spectral_density(aslinearoperator(np.eye(2)), steps=0)
     with pytest.raises(ValueError, match="op must give finite products; got nan in one"):
         spectral_density(aslinearoperator(np.full((2, 2), math.nan)))
-
-
-# The document.
-
-BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-
-
-def test_the_document_runs():
-    assert BLOCKS
-    scope = {}
-    for code in BLOCKS:
-        exec(compile(code, str(DOCUMENT), "exec"), scope)
-
-
-def test_the_documents_links_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", DOCUMENT.read_text()):
-        assert (DOCUMENT.parent / target).exists(), target

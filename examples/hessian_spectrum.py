@@ -1,0 +1,163 @@
+"""The spectrum of the Hessian of an LSTM's loss, before and after training.
+
+A small LSTM learns to say in every step what came in two steps before. Of the Hessian of its mean square
+error by all parameters, at the initial weights and at the trained ones, this prints
+
+- by products alone, which also works for a model whose Hessian no memory holds: the eigenvalues at both
+  ends, the trace with its standard error, and the share of eigenvalues in each range;
+- from the whole matrix, which a small model has room for: the same, exact, and the norm of each gate's block;
+
+and asserts that both agree.
+
+    python hessian_spectrum.py
+    python hessian_spectrum.py --hidden 8 --steps 600 --plot spectrum.svg
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
+from torch import nn
+
+from gatematch.curvature import HessianOperator, hessian, parameter_index, spectral_density, trace
+from gatematch.lstm import LSTM
+
+DELAY = 2
+EDGES = [-np.inf, -0.1, -0.01, 0.01, 0.1, 1, np.inf]
+RANGES = ["below -0.1", "-0.1 to -0.01", "-0.01 to 0.01", "0.01 to 0.1", "0.1 to 1", "above 1"]
+KINDS = {"weight_ih": "W_i", "weight_hh": "W_h", "bias_ih": "b_i", "bias_hh": "b_h"}
+
+
+def by_products(loss_fn, model, seed):
+    """Three eigenvalues at each end, the trace and the density: hundreds of products, and no matrix."""
+    op = HessianOperator(loss_fn, model)
+    start = np.random.default_rng(seed).standard_normal(op.shape[0])
+    # More Lanczos vectors than the default: after training the smallest lie close beside many near zero.
+    options = {"v0": start, "ncv": min(80, op.shape[0]), "tol": 1e-4, "return_eigenvectors": False}
+    largest, smallest = eigsh(op, 3, which="LA", **options), eigsh(op, 3, which="SA", **options)
+    density = spectral_density(op, samples=8, steps=40, seed=seed)
+    return np.sort(largest)[::-1], np.sort(smallest), trace(op, samples=50, seed=seed), density
+
+
+def shares(values, weights):
+    """Which share of the eigenvalues is in each range."""
+    return np.histogram(values, bins=EDGES, weights=weights)[0]
+
+
+def gate_norms(H, model):
+    """The Frobenius norm of each gate's own block of H. A packed parameter is i, f, g, o, of equal size."""
+    norms = {}
+    for name, rows in parameter_index(model).items():
+        kind = name.removeprefix("lstm.").removesuffix("_l0")
+        if kind in KINDS:
+            size = (rows.stop - rows.start) // 4
+            for k, gate in enumerate("ifgo"):
+                own = slice(rows.start + k * size, rows.start + (k + 1) * size)
+                norms[KINDS[kind] + gate] = torch.linalg.norm(H[own, own]).item()
+    return norms
+
+
+def three_digits(number):
+    number = float(f"{number:.3g}")
+    return number if abs(number) < 100 else int(number)
+
+
+def report(when, loss_fn, model, seed):
+    """Print and check everything at the present weights; a row of numbers, and the density."""
+    largest, smallest, (value, error), density = by_products(loss_fn, model, seed)
+    H = hessian(loss_fn, model)
+    exact = torch.linalg.eigvalsh(H).numpy()  # ascending
+    estimated, true = shares(*density), shares(exact, np.full(len(exact), 1 / len(exact)))
+
+    scale = np.abs(exact).max()
+    np.testing.assert_allclose(largest, exact[::-1][:3], rtol=0, atol=1e-6 * scale)
+    np.testing.assert_allclose(smallest, exact[:3], rtol=0, atol=1e-6 * scale)
+    assert abs(value - exact.sum()) < 5 * error
+    # Only the sum of a gate's two biases is ever used: nothing changes along their difference.
+    assert (np.abs(exact) < 1e-10 * scale).sum() >= 4 * model["lstm"].hidden_size
+    assert np.abs(estimated - true).max() < 0.1
+
+    loss = loss_fn().item()
+    print(f"{when}, loss {loss:.3g}: {len(H)} x {len(H)}")
+    print("  largest eigenvalues ", *(f"{number:9.3g}" for number in largest))
+    print("  smallest eigenvalues", *(f"{number:9.3g}" for number in smallest))
+    print(f"  trace {value:.3g} ± {error:.2g}, exactly {exact.sum():.3g}")
+    print("  eigenvalues       by products     exact")
+    for where, guess, share in zip(RANGES, estimated, true, strict=True):
+        print(f"  {where:<18} {guess:10.1%} {share:9.1%}  {'#' * round(50 * guess)}".rstrip())
+    norms = gate_norms(H, model)
+    print("  norm of the block of        i        f        g        o")
+    for kind in KINDS.values():
+        print(f"  {kind:<20}", *(f"{norms[kind + gate]:8.2g}" for gate in "ifgo"))
+    print()
+    row = {
+        "case": f"example/{when}",
+        "parameters": len(H),
+        "loss": loss,
+        "largest eigenvalue": largest[0],
+        "smallest": smallest[0],
+        "trace": value,
+        "its standard error": error,
+        "exact trace": exact.sum(),
+        "share below -0.01": estimated[:2].sum(),
+        "exact share": true[:2].sum(),
+        **{f"norm of W_h{gate}": norms[f"W_h{gate}"] for gate in "ifgo"},
+    }
+    return {name: three_digits(v) if isinstance(v, float) else v for name, v in row.items()}, density
+
+
+def draw(path, densities):
+    """Both densities on a logarithmic scale, each node spread over a fiftieth of the spectrum's width."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(densities), figsize=(6, 5), layout="constrained")
+    for ax, (when, density) in zip(axes, densities.items(), strict=True):
+        low, high = density.nodes[0], density.nodes[-1]
+        grid = np.linspace(low - (high - low) / 10, high + (high - low) / 10, 1000)
+        ax.semilogy(grid, np.maximum(density.smooth(grid, (high - low) / 50), 1e-6))
+        ax.set(title=when, xlabel="eigenvalue", ylabel="density")
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hidden", type=int, default=6, help="size of the LSTM (default 6: 223 parameters)")
+    parser.add_argument("--steps", type=int, default=400, help="of training (default 400)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="draw both densities to this file; needs matplotlib")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    model = nn.ModuleDict({"lstm": LSTM(1, args.hidden), "head": nn.Linear(args.hidden, 1)})
+    model.double()  # Lanczos loses to rounding what it found: the more digits, the later
+    x = torch.randn(10, 32, 1, dtype=torch.float64)
+
+    def loss_fn():
+        y, _ = model["lstm"](x)
+        return F.mse_loss(model["head"](y)[DELAY:], x[:-DELAY])
+
+    before, density_before = report("before training", loss_fn, model, args.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    for _ in range(args.steps):
+        optimizer.zero_grad()
+        loss_fn().backward()
+        optimizer.step()
+    after, density_after = report("after training", loss_fn, model, args.seed)
+
+    if args.plot:
+        draw(args.plot, {"before training": density_before, "after training": density_after})
+    if args.json:
+        from gatematch.bench.results import describe_machine, write_results
+
+        write_results(args.json, describe_machine(torch.device("cpu")), [before, after])
+
+
+if __name__ == "__main__":
+    main()
