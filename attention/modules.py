@@ -10,14 +10,12 @@ from .functional import pairwise_attention
 
 
 class PairwiseAttention(nn.Module):
-    """``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` as a module without parameters.
-
-    Takes and returns what `pairwise_attention` does.
-    """
+    """``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` as a module without parameters, for hooks and prints."""
 
     def forward(
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> Tensor:
+        """S, from sentences and lengths as `pairwise_attention` takes them; its options are the function's alone."""
         return pairwise_attention(q, a, q_lengths, a_lengths)
 
 

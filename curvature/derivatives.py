@@ -6,7 +6,7 @@ Hessian", Neural Computation 6(1), 1994).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,17 +33,29 @@ def gradient(loss_fn: LossFn, parameters: Parameters) -> list[Tensor | None]:
         if not loss.is_floating_point():
             raise TypeError(f"loss_fn must return a real floating dtype; got {loss.dtype}")
         if not loss.requires_grad:
+            _check_unused(parameters, parameters.index)
             return [None] * len(parameters.tensors)
         one = torch.ones_like(loss, requires_grad=True)
         gradients = torch.autograd.grad(loss, parameters.tensors, one, create_graph=True, allow_unused=True)
         if len(gradients) > sum(g is not None for g in gradients):
             _check_reentrant(loss)
         found = {name: g for name, g in zip(parameters.index, gradients, strict=True) if g is not None}
+        _check_unused(parameters, parameters.index.keys() - found.keys())
         for name, g in found.items():
             if g.layout != torch.strided:
                 raise ValueError(f"params must have dense gradients; got a sparse one for {name!r}")
         _check_graph(found, one)
     return list(gradients)
+
+
+def _check_unused(parameters: Parameters, names: Collection[str]) -> None:
+    """Raise for a view or copy of a parameter: the loss reads the parameter, and would have zeros by the view."""
+    for name, tensor in zip(parameters.index, parameters.tensors, strict=True):
+        if name in names and not tensor.is_leaf:
+            raise ValueError(
+                f"params must be what loss_fn reads; {name!r} is computed from another tensor and not read: pass "
+                "that one, and take the rows and columns wanted"
+            )
 
 
 def _check_reentrant(loss: Tensor) -> None:

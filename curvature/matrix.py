@@ -76,8 +76,9 @@ def hessian(
         depends on none of them. A loss that is NaN gives NaN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name, or a
-        loss that is no real scalar. RuntimeError: torch has no second derivative for an operation.
+        TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name; a loss
+            that is no real scalar; a view or copy of a parameter that the loss does not read.
+        RuntimeError: torch has no second derivative for an operation.
     """
     check_loss_fn(loss_fn)
     _check_chunk_size(chunk_size)

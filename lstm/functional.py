@@ -77,8 +77,9 @@ def lstm(
         arranged as y.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: a wrong name, shape, dtype, device, length or
-        option. RuntimeError: T is 0, as in torch.nn.LSTM.
+        TypeError: an argument of the wrong type.
+        ValueError: a wrong name, shape, dtype, device, length or option.
+        RuntimeError: T is 0, as in torch.nn.LSTM.
     """
     check_dropout(dropout)
     check_bool("batch_first", batch_first)
@@ -113,7 +114,8 @@ def lstm_cell(
         The next h and c, shaped as hx.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: a wrong shape, dtype, device or option.
+        TypeError: an argument of the wrong type.
+        ValueError: a wrong shape, dtype, device or option.
     """
     if bias_ih is None and bias_hh is None:
         weights: tuple[Any, ...] = (weight_ih, weight_hh)

@@ -65,8 +65,9 @@ def named_gates(module: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
 
     The views belong to the autograd graph: `(named_gates(lstm)["W_hf_l0"] ** 2).sum().backward()` adds
     to `lstm.weight_hh_l0.grad`. Writing to one writes the parameter and, as for any parameter, is done
-    under `torch.no_grad()` or by a `torch.nn.init` function. The exception is a parametrised weight:
-    its views show the value computed by this call, and what is written to them is lost.
+    under `torch.no_grad()` or by a `torch.nn.init` function. Of a parametrised weight they show the value
+    computed by this call, and what is written to them is lost; so it is once a parameter has been given other
+    memory, as `module.to(...)` does: call again.
 
     Raises TypeError for a module that is no LSTM.
     """

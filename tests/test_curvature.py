@@ -202,6 +202,19 @@ def test_unused_and_linear_parameters_have_zero_rows():
         assert not (HessianOperator(loss_fn, [linear]) @ np.ones(4)).any()
 
 
+def test_a_view_that_the_loss_does_not_read_raises():
+    """What people try for one gate: the loss reads the whole parameter, and H would be zero."""
+    model, x = LSTM(2, 3).double(), torch.randn(4, 1, 2, dtype=double)
+    gates = named_gates(model)
+    for loss_fn in (lambda: model(x)[0].square().sum(), lambda: torch.ones(())):
+        for take in (hessian, HessianOperator):
+            with pytest.raises(ValueError, match="'W_hf_l0' is computed from another tensor and not read"):
+                take(loss_fn, {"W_hf_l0": gates["W_hf_l0"]})
+    read = gates["W_hf_l0"]
+    H = hessian(lambda: (read**3).sum(), [read])  # one that the loss reads is a variable like any other
+    torch.testing.assert_close(H, torch.diag(6 * read.detach().flatten()))
+
+
 def test_tied_parameters_have_rows_once():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     model[2].weight = model[0].weight

@@ -464,6 +464,7 @@ def test_torch_func_and_forward_mode(with_lengths: bool) -> None:
         torch.testing.assert_close({name: value[n] for name, value in per_sample.items()}, want)
 
 
+@pytest.mark.usefixtures("bfloat16_lstm")
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(given: torch.dtype) -> None:
     theirs, ours = pair(33, 65, num_layers=2)
@@ -589,7 +590,7 @@ def test_compiles_to_one_graph(grad: bool, with_lengths: bool) -> None:
 def test_exports_with_dynamic_batch() -> None:
     _, ours = pair(bidirectional=True)
     x = torch.randn(3, 2, 5)
-    program = torch.export.export(ours, (x,), dynamic_shapes={"x": {1: torch.export.Dim("B")}})
+    program = torch.export.export(ours, (x,), dynamic_shapes={"input": {1: torch.export.Dim("B")}})
     wider = torch.randn(3, 4, 5)
     torch.testing.assert_close(program.module()(wider), ours(wider))
 

@@ -78,6 +78,7 @@ def test_the_state_of_a_row_without_steps_is_never_looked_at(through_ops):
         assert grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("bfloat16_lstm")
 def test_autocast_gives_the_dtypes_of_the_fused_op(through_ops, monkeypatch):
     x, lengths = torch.randn(4, 3, 5), torch.tensor([4, 1, 0])
     for options in ({}, {"proj_size": 3}):

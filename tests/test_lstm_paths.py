@@ -26,6 +26,7 @@ def pack(x: Tensor) -> PackedSequence:
     return pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
 
 
+@pytest.mark.usefixtures("bfloat16_lstm")
 @PROJECTIONS
 @pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
