@@ -106,17 +106,6 @@ class ABCNN(nn.Module):
         device: of the weights; not of `embedding`, which stays as it is given.
         dtype: of the weights, likewise.
 
-    Call:
-        ``model(q, a, q_lengths=None, a_lengths=None)``
-
-        - q, a: (B, Q, D) and (B, A, D), or unbatched (Q, D) and (A, D), in the dtype of the weights; with
-          `embedding` integer ids (B, Q) and (B, A), or (Q,) and (A,). Q and A from 1 to `length`.
-        - q_lengths, a_lengths: (B,) integers, how many words of each sentence are real; None: all. The others
-          are left out ("official") or become zero vectors ("paper"). A sentence of length 0 is allowed: its
-          convolution sees `width` - 1 columns of zeros.
-        - Returns similarities (B, blocks + 1), the input's first, each from -1 to 1 and 0 beside a zero
-          vector, in the dtype of the vectors; or logits (B, classes); unbatched without B.
-
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name, before
             anything is computed.
@@ -181,6 +170,21 @@ class ABCNN(nn.Module):
     def forward(
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> Tensor:
+        """How similar both sentences are at each level.
+
+        Args:
+            q: (B, Q, D), or unbatched (Q, D), in the dtype of the weights; with `embedding` integer ids
+                (B, Q) or (Q,). Q from 1 to `length`.
+            a: (B, A, D), (A, D), (B, A) or (A,) likewise.
+            q_lengths: (B,) integers, how many words of each q are real; None: all. The others are left out
+                ("official") or become zero vectors ("paper"). A sentence of length 0 is allowed: its
+                convolution sees `width` - 1 columns of zeros.
+            a_lengths: the same for a.
+
+        Returns:
+            Similarities (B, blocks + 1), the input's first, each from -1 to 1 and 0 beside a zero vector, in
+            the dtype of the vectors; or logits (B, classes); unbatched without B.
+        """
         levels = self.representations(q, a, q_lengths, a_lengths)
         similarities = torch.stack([_cosine(*level) for level in levels], -1).to(levels[0].q.dtype)
         return similarities if self.classifier is None else self.classifier(similarities)
@@ -190,7 +194,7 @@ class ABCNN(nn.Module):
     ) -> list[Pair]:
         """The all-ap vectors (q, a) at every level: the input's, (B, D), and each block's, (B, channels).
 
-        Arguments and errors are those of a call.
+        Arguments and errors are those of `forward`.
         """
         unbatched = self._check(q, a, q_lengths, a_lengths)
         if self.embedding is not None:

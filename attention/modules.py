@@ -10,12 +10,12 @@ from .functional import pairwise_attention
 
 
 class PairwiseAttention(nn.Module):
-    """``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` as a module without parameters, for hooks and prints."""
+    """``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` as a module without parameters."""
 
     def forward(
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> Tensor:
-        """S, from sentences and lengths as `pairwise_attention` takes them; its options are the function's alone."""
+        """`pairwise_attention` without its options."""
         return pairwise_attention(q, a, q_lengths, a_lengths)
 
 

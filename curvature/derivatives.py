@@ -49,12 +49,12 @@ def gradient(loss_fn: LossFn, parameters: Parameters) -> list[Tensor | None]:
 
 
 def _check_unused(parameters: Parameters, names: Collection[str]) -> None:
-    """Raise for a view or copy of a parameter: the loss reads the parameter, and would have zeros by the view."""
+    """Raise for a view or copy of a parameter: the loss reads the parameter, and by the view is constant."""
     for name, tensor in zip(parameters.index, parameters.tensors, strict=True):
         if name in names and not tensor.is_leaf:
             raise ValueError(
-                f"params must be what loss_fn reads; {name!r} is computed from another tensor and not read: pass "
-                "that one, and take the rows and columns wanted"
+                f"params must be what loss_fn reads; {name!r} is computed from another tensor and not read: "
+                "pass that one, and take the rows and columns wanted"
             )
 
 

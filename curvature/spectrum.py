@@ -10,14 +10,24 @@ from scipy.sparse.linalg import LinearOperator
 
 
 class TraceEstimate(NamedTuple):
-    """A trace and the standard error of it: the samples' standard deviation over the root of their number."""
+    """A trace and the standard error of it.
+
+    Attributes:
+        value: the estimate, the mean over the samples.
+        standard_error: the samples' standard deviation over the root of their number.
+    """
 
     value: float
     standard_error: float
 
 
 class SpectralDensity(NamedTuple):
-    """The distribution of a matrix's eigenvalues as points with weights that sum to 1."""
+    """The distribution of a matrix's eigenvalues as points with weights that sum to 1.
+
+    Attributes:
+        nodes: (N,), ascending.
+        weights: (N,), of each node; sums of them are shares of the eigenvalues.
+    """
 
     nodes: np.ndarray
     weights: np.ndarray

@@ -258,7 +258,8 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def check_state(hx: Any, x: Tensor, h_shape: tuple[int, ...], c_shape: tuple[int, ...]) -> None:
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
-        raise TypeError(f"hx: expected a pair of tensors (h_0, c_0), got {got}")
+        hint = "; lengths are passed by name" if isinstance(hx, Tensor) and hx.dim() == 1 else ""
+        raise TypeError(f"hx: expected a pair of tensors (h_0, c_0), got {got}{hint}")
     for name, state, shape in (("hx[0]", hx[0], h_shape), ("hx[1]", hx[1], c_shape)):
         check_tensor(name, state)
         check_shape(name, state, shape)
@@ -276,15 +277,17 @@ def check_alike(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
 def check_lengths(lengths: Any, x: Tensor | PackedSequence, batch_first: bool) -> None:
     """`check_call` for the lengths, with an x that has passed it."""
     if isinstance(x, PackedSequence):
-        raise ValueError("lengths: expected None with a PackedSequence, which has its own, got a tensor")
+        got = type(lengths).__name__
+        raise ValueError(f"lengths: expected None with a PackedSequence, which has its own, got {got}")
     if x.dim() == 2:
-        raise ValueError("lengths: expected None for an unbatched x (T, I), got a tensor")
+        raise ValueError(f"lengths: expected None for an unbatched x (T, I), got {type(lengths).__name__}")
     check_tensor("lengths", lengths)
     device = x.device
     T, B = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
     dtype = lengths.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise ValueError(f"lengths: expected an integer dtype, got {dtype}")
+        hint = "; of a mask, its sums over time" if lengths.dim() == 2 else ""
+        raise ValueError(f"lengths: expected an integer dtype, got {dtype}{hint}")
     check_shape("lengths", lengths, (B,))
     if lengths.device != device and lengths.device.type != "cpu":
         either = "cpu" if device.type == "cpu" else f"{device} or cpu"

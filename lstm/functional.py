@@ -65,6 +65,7 @@ def lstm(
             torch.nn.LSTM draws: for the padded x, or with `lengths` for the packed x, except that where
             lengths are not read, by the kernels, under torch.compile and `torch.func`, it draws for the
             padded x.
+        training: whether dropout is applied.
         return_cells: also return the cell states of the last layer at every step.
         impl: "auto": the Triton kernels on CUDA where they can serve the call, "torch" elsewhere. "triton":
             the kernels, or an error that says why not. "torch": PyTorch's own. Also one kernel by name:

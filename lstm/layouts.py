@@ -137,7 +137,8 @@ def to_tf1(source: Source, *, forget_bias: float = 1.0) -> list[NumpyArray]:
     """The variables of TensorFlow 1's `BasicLSTMCell` or, with a projection, `LSTMCell`.
 
     Args:
-        source: see the module's docstring. These cells always have a bias; one that is absent counts as 0.
+        source: an LSTM or LSTMCell, torch's or ours, or a state_dict. TensorFlow's cells always have a bias;
+            one that is absent counts as 0.
         forget_bias: that of the cells: they add it in every step, so it is subtracted here.
 
     Returns kernel (I + H, 4H) and bias (4H,) for every direction of every layer; with a projection

@@ -39,8 +39,8 @@ class LSTM(nn.Module):
         impl: "auto", "torch", "triton" or a kernel's name, as in `gatematch.lstm.lstm`.
 
     Raises:
-        TypeError, ValueError: as torch.nn.LSTM does, and for a `bidirectional` that is no bool or an unknown
-            impl.
+        TypeError, ValueError: as torch.nn.LSTM does, and for a `bidirectional` that is neither a bool nor a
+            number, or an unknown impl.
     """
 
     mode = "LSTM"

@@ -85,6 +85,10 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: module(x, None, rows.bool()),
         "lengths: expected an integer dtype, got torch.bool",
     ),
+    "lengths-mask": (
+        lambda: module(x, None, torch.ones(3, 4, dtype=torch.bool)),
+        "lengths: expected an integer dtype, got torch.bool; of a mask, its sums over time",
+    ),
     "lengths-device": (
         lambda: module(x, None, rows.to("meta")),
         "lengths: expected device cpu, got meta",
@@ -99,11 +103,11 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "lengths-packed": (
         lambda: module(packed, None, rows),
-        "lengths: expected None with a PackedSequence, which has its own, got a tensor",
+        "lengths: expected None with a PackedSequence, which has its own, got Tensor",
     ),
     "lengths-unbatched": (
         lambda: module(x[:, 0], None, rows[:1]),
-        "lengths: expected None for an unbatched x (T, I), got a tensor",
+        "lengths: expected None for an unbatched x (T, I), got Tensor",
     ),
     "impl-triton": (
         lambda: LSTM(I, H, impl="triton")(x),
@@ -253,6 +257,10 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
 
 TYPE: dict[str, tuple[Callable[[], Any], str]] = {
     "x": (lambda: module([1.0]), "x: expected a Tensor or PackedSequence, got list"),
+    "lengths-for-state": (
+        lambda: module(x, rows),
+        "hx: expected a pair of tensors (h_0, c_0), got Tensor; lengths are passed by name",
+    ),
     "hx": (lambda: module(x, 3), "hx: expected a pair of tensors (h_0, c_0), got int"),
     "hx-tensor": (
         lambda: module(x, torch.stack([h, h])),
