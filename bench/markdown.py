@@ -30,7 +30,7 @@ def markdown(*paths: Path) -> str:
         commands.setdefault(where, []).append(f"`{command}`")
     if runs:
         table = models_table(runs)
-    return "\n".join([table, "", *(f"{where}: {', '.join(run)}" for where, run in commands.items())])
+    return "\n\n".join([table, *(f"{where}: {', '.join(run)}" for where, run in commands.items())])
 
 
 def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -154,8 +154,16 @@ def _hessian(rows: list[dict[str, Any]]) -> str:
 def _example(rows: list[dict[str, Any]]) -> str:
     """The rows as they are, of a program in examples/: it knows best how many digits mean something."""
     headings = list(rows[0])[1:]
+    names = [row["case"].removeprefix("example/") for row in rows]
+    columns = [_column([row[heading] for row in rows]) for heading in headings]
     lines = [f"| | {' | '.join(headings)} |", "|---|" + "---:|" * len(headings)]
-    for row in rows:
-        cells = [row["case"].removeprefix("example/"), *(str(row[heading]) for heading in headings)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in zip(names, *columns, strict=True))])
+
+
+def _column(values: list[Any]) -> list[str]:
+    """Small numbers of whole thousandths get back the zeros at their end, which JSON drops; others stay."""
+    shown = [str(value) for value in values]
+    if all(isinstance(value, float) and abs(value) < 10 and value == round(value, 3) for value in values):
+        decimals = max(len(text.partition(".")[2]) for text in shown)
+        shown = [f"{value:.{decimals}f}" for value in values]
+    return shown

@@ -57,10 +57,10 @@ def _speed(rows: list[dict[str, Any]]) -> Figure:
     names = list(
         dict.fromkeys(name for row in rows for name, peer in row["peers"].items() if "ratio" in peer)
     )
-    figure = Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
-    ax = figure.subplots()
     if len(names) > len(_COLORS):
         raise ValueError(f"the picture has room for {len(_COLORS)} peers; got {', '.join(names)}")
+    figure = Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
+    ax = figure.subplots()
     for color, marker, name in zip(_COLORS, _MARKERS, names, strict=False):
         timed = [
             (k, row["peers"][name]["ratio"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import time
 from pathlib import Path
 
@@ -215,10 +216,68 @@ def test_the_overview_is_that_of_the_committed_results(tmp_path):
     wrong = text["peers"]["cdist, fast mode"]
     assert wrong["status"] == "wrong" and f"cdist is off by {wrong['error']:.2f}" in said
     assert {f"{ratio:.3g}x" for ratio in right} < set(said)
-    assert f"{min(right):.0f} to {max(right):.0f} times faster" in said
+    assert f"{right[0]:.0f} and {right[1]:.0f} times as long" in said and right == sorted(right)
+    assert f"{text['shape']['B']} pairs of {text['shape']['Q']} words" in said
     shown = overview(COMMITTED)["overview"].axes
     assert shown[0].images[0].get_array().tolist() == attention["S"]
     assert shown[1].images[0].get_array().shape == (matrix["parameters"], matrix["parameters"])
+
+
+def test_the_overview_needs_a_peer_that_is_right(tmp_path):
+    for name in ("answers", "speed", "hessian"):
+        results = read_results(COMMITTED / f"{name}.json")
+        for row in results["rows"]:
+            for peer in row.get("peers", {}).values():
+                peer.pop("ratio", None)
+        write_results(tmp_path / f"{name}.json", results["meta"], results["rows"])
+    code, output = run("overview", tmp_path)
+    assert code == 2 and "the picture needs a peer that is as exact as ours" in output
+
+
+def test_committed_drawings_are_those_of_their_program(tmp_path):
+    runpy.run_path(str(PICTURES / "draw.py"))["draw"](tmp_path)
+    drawn = sorted(tmp_path.iterdir())
+    assert [path.name for path in drawn] == ["outer-product.svg", "transpose.svg"]
+    for path in drawn:
+        assert texts(path) == texts(PICTURES / path.name), "python docs/pictures/draw.py"
+
+
+def test_tables_of_examples_have_equally_many_decimals_where_these_are_a_choice(tmp_path):
+    rows = [
+        {
+            "case": "example/a",
+            "share": 0.383,
+            "one": 5.0,
+            "large": 103.0,
+            "digits": 0.46,
+            "small": 2e-8,
+            "n": 3,
+        },
+        {
+            "case": "example/b",
+            "share": 0.38,
+            "one": 0.1,
+            "large": 2.56,
+            "digits": 0.0024,
+            "small": 0.1,
+            "n": 111,
+        },
+        {
+            "case": "example/c",
+            "share": 0.0,
+            "one": 1.0,
+            "large": 16.4,
+            "digits": 0.05,
+            "small": 1.0,
+            "n": 2.5,
+        },
+    ]
+    write_results(tmp_path / "example.json", describe_machine(CPU), rows)
+    assert markdown(tmp_path / "example.json").splitlines()[2:5] == [
+        "| a | 0.383 | 5.0 | 103.0 | 0.46 | 2e-08 | 3 |",
+        "| b | 0.380 | 0.1 | 2.56 | 0.0024 | 0.1 | 111 |",
+        "| c | 0.000 | 1.0 | 16.4 | 0.05 | 1.0 | 2.5 |",
+    ]
 
 
 def test_every_peer_has_a_color(rows, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu"
@@ -15,6 +16,10 @@ PEERS = ("cdist, fast mode", "cdist, exact mode", "broadcast", "compiled expansi
 
 def rows(name: str) -> list[dict]:
     return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def meta(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["meta"]
 
 
 def cases(name: str) -> dict[str, dict]:
@@ -139,15 +144,60 @@ def test_the_bounds_and_the_data_are_those_of_the_program() -> None:
     from gatematch.attention.operands import DIRECT
     from gatematch.bench import cases as program
     from gatematch.bench import speed
+    from gatematch.bench.timing import measure
 
+    def short(bound: float) -> str:
+        return f"{bound:.0e}".replace("e-0", "e-")
+
+    def made(data: str, **shape: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        return program.rows(program.Case("pairwise/made", shape, data), cpu, data)[0].detach()
+
+    cpu = torch.device("cpu")
     text = next(case for case in program.CASES if case.data == "text")
-    problem = program.build(text, program.torch.device("cpu"), compiled=False)
-    assert (problem.bound, problem.peer_bound, speed.GRADIENT) == (1e-6, 1e-4, 10)
-    bounds = program._lstm_bounds(program.torch.float32), program._lstm_bounds(program.torch.bfloat16)
-    assert [bound["bound"] for bound in bounds] == [1e-5, 2e-2]
-    assert 4 * SCRATCH == 1 << 20
-    assert not missing(f"Up to {DIRECT} features there is neither product nor search")
-    assert min(row["ours"]["samples"] for row in SPEED) >= 7
+    problem = program.build(text, cpu, compiled=False)
+    lstm, lstm_16 = (program._lstm_bounds(dtype)["bound"] for dtype in (torch.float32, torch.bfloat16))
+    words = made("text", B=1, Q=2_000_000, A=1, D=2).view(torch.int64).unique().numel()
+    offset = made("offset", B=1, Q=9, A=1, D=9) - made("random", B=1, Q=9, A=1, D=9)
+    rounds = len(measure({"nothing": lambda: None}, 0.0, cpu)["nothing"])
+    seconds = meta("speed")["command"].split("--seconds ")[1].split()[0]
+    threads = [meta(name)["threads"] for name in ("speed", "answers")]
+    assert not missing(
+        f'"Wrong" means off by more than {short(problem.peer_bound)} in S',
+        f"by more than {short(speed.GRADIENT * problem.peer_bound)} of the largest in a gradient",
+        f"Ours may be off by {short(problem.bound)} in S",
+        f"by {short(lstm)} of the largest output of the LSTM ({short(lstm_16)} in bfloat16)",
+        f"in gradients by { {10: 'ten'}[speed.GRADIENT] } times that, of the largest",
+        f"at least {rounds} rounds and {seconds} seconds of them",
+        f"draws words from {words:,} Gaussian vectors",
+        f"`offset` adds {offset.mean():.0f} to every feature",
+        f"rows that are close ({4 * SCRATCH / 2**20:.0f} MiB in float32)",
+        f"Up to {DIRECT} features there is neither product nor search",
+        f"One CPU, with {threads[0]} threads for the speed and {threads[1]} for training",
+        "All rows but one are float32",
+    )
+    assert len({row["case"] for row in SPEED if row["dtype"] != "float32"}) == 1
+    assert min(row["ours"]["samples"] for row in SPEED) >= rounds
+    # A float32 difference of every pair of rows takes 4 bytes a feature: 512 MiB for 128 features, here.
+    limits = [
+        "broadcast" in program.build(program._pairwise("wide", 1, 1024, 1024, D), cpu, compiled=False).peers
+        for D in (128, 129)
+    ]
+    assert limits == [True, False] and not missing("by broadcasting where they take at most 512 MiB")
+
+
+def test_when_cdist_takes_its_fast_mode() -> None:
+    x = torch.randn(26, 300, generator=torch.Generator().manual_seed(0))
+    modes = ("donot_use_mm_for_euclid_dist", "use_mm_for_euclid_dist")
+    default = {
+        n: [
+            torch.equal(torch.cdist(x[:2], x[:n]), torch.cdist(x[:2], x[:n], compute_mode=mode))
+            for mode in modes
+        ]
+        for n in (25, 26)
+    }
+    assert default == {25: [True, False], 26: [False, True]}
+    assert not missing("takes by default when either side has more than 25 rows")
 
 
 def test_training() -> None:
@@ -156,7 +206,9 @@ def test_training() -> None:
     ours, peer = time["ours"], time["peer"]
     seeds = [cases(f"answers-seed{seed}")["answers/model"]["map"] for seed in (1, 2)]
     assert not missing(
+        f"that find the right answer among {1 / answers['answers/random']['accuracy']:.0f}",
         f"the {data['test']} test questions",
+        "Its loss differs by less than 1e-7 in every epoch",
         f"With {data['train']} questions to train on",
         f"a MAP of {seeds[0]:.3f} and {seeds[1]:.3f}",
         f"{100 * (time['ratio'] - 1):.0f}% slower an epoch",
@@ -190,8 +242,19 @@ def test_what_check_found() -> None:
 
 
 def test_what_other_pages_quote() -> None:
-    cdist = " ".join((ROOT / "docs" / "questions" / "cdist-equal-vectors.md").read_text().split())
-    guide = " ".join((ROOT / "docs" / "pairwise.md").read_text().split())
+    cdist, compiler, guide, abcnn = (
+        " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
+        for page in ("questions/cdist-equal-vectors", "questions/compile", "pairwise", "abcnn")
+    )
+    (loop,) = (
+        entry["ratio"]
+        for row, entry in timed("compiled loop", "forward+backward")
+        if row["case"] == "lstm/short"
+    )
+    assert f"took {loop:.1f} times as long as the fused op, forward and backward (`lstm/short`" in compiler
+    # test_training has it from the results.
+    within = "questions to train on, every model alone is within one standard error of BM25"
+    assert f"{cases('answers')['answers/data']['train']} {within}" in abcnn and within in PAGE
     text = [row["time_to_random"] for row in SPEED if row["data"] == "text"]
     assert f"text took {between(text, '.1f')} times" in cdist
     assert f"one by one: {between(text, '.1f')} times as much" in guide

@@ -140,12 +140,12 @@ def _signed(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
-def save(figure: Figure, name: str) -> None:
-    # Text stays text, and the file is the same from run to run.
+def draw(folder: Path) -> None:
+    # Text stays text, and the files are the same from run to run.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gatematch"}):
-        figure.savefig(Path(__file__).with_name(name), facecolor="white", metadata={"Date": None})
+        for name, figure in (("transpose.svg", transpose()), ("outer-product.svg", outer())):
+            figure.savefig(folder / name, facecolor="white", metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    save(transpose(), "transpose.svg")
-    save(outer(), "outer-product.svg")
+    draw(Path(__file__).parent)
