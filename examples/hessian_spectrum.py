@@ -14,6 +14,8 @@ and asserts that both agree.
 """
 
 import argparse
+import copy
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,11 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 
 from gatematch.curvature import HessianOperator, hessian, parameter_index, spectral_density, trace
-from gatematch.lstm import LSTM
+from gatematch.lstm import LSTM, named_gates
 
 DELAY = 2
 EDGES = [-np.inf, -0.1, -0.01, 0.01, 0.1, 1, np.inf]
 RANGES = ["below -0.1", "-0.1 to -0.01", "-0.01 to 0.01", "0.01 to 0.1", "0.1 to 1", "above 1"]
-KINDS = {"weight_ih": "W_i", "weight_hh": "W_h", "bias_ih": "b_i", "bias_hh": "b_h"}
 
 
 def by_products(loss_fn, model, seed):
@@ -47,17 +48,12 @@ def shares(values, weights):
     return np.histogram(values, bins=EDGES, weights=weights)[0]
 
 
-def gate_norms(H, model):
-    """The Frobenius norm of each gate's own block of H. A packed parameter is i, f, g, o, of equal size."""
-    norms = {}
-    for name, rows in parameter_index(model).items():
-        kind = name.removeprefix("lstm.").removesuffix("_l0")
-        if kind in KINDS:
-            size = (rows.stop - rows.start) // 4
-            for k, gate in enumerate("ifgo"):
-                own = slice(rows.start + k * size, rows.start + (k + 1) * size)
-                norms[KINDS[kind] + gate] = torch.linalg.norm(H[own, own]).item()
-    return norms
+def gate_rows(model):
+    """The rows of H of each gate's matrices and biases: `named_gates` of a copy that holds row numbers."""
+    index, numbers = parameter_index(model), copy.deepcopy(model)
+    for name, p in numbers.named_parameters():
+        p.data = torch.arange(index[name].start, index[name].stop, dtype=p.dtype).view(p.shape)
+    return {name: gate.detach().flatten().long() for name, gate in named_gates(numbers["lstm"]).items()}
 
 
 def three_digits(number):
@@ -66,19 +62,13 @@ def three_digits(number):
 
 
 def report(when, loss_fn, model, seed):
-    """Print and check everything at the present weights; a row of numbers, and the density."""
+    """Print and check everything at the present weights; the numbers by name, and the density."""
     largest, smallest, (value, error), density = by_products(loss_fn, model, seed)
     H = hessian(loss_fn, model)
     exact = torch.linalg.eigvalsh(H).numpy()  # ascending
     estimated, true = shares(*density), shares(exact, np.full(len(exact), 1 / len(exact)))
-
-    scale = np.abs(exact).max()
-    np.testing.assert_allclose(largest, exact[::-1][:3], rtol=0, atol=1e-6 * scale)
-    np.testing.assert_allclose(smallest, exact[:3], rtol=0, atol=1e-6 * scale)
-    assert abs(value - exact.sum()) < 5 * error
-    # Only the sum of a gate's two biases is ever used: nothing changes along their difference.
-    assert (np.abs(exact) < 1e-10 * scale).sum() >= 4 * model["lstm"].hidden_size
-    assert np.abs(estimated - true).max() < 0.1
+    gates = gate_rows(model)
+    norms = {name: torch.linalg.norm(H[rows][:, rows]).item() for name, rows in gates.items()}
 
     loss = loss_fn().item()
     print(f"{when}, loss {loss:.3g}: {len(H)} x {len(H)}")
@@ -88,25 +78,34 @@ def report(when, loss_fn, model, seed):
     print("  eigenvalues       by products     exact")
     for where, guess, share in zip(RANGES, estimated, true, strict=True):
         print(f"  {where:<18} {guess:10.1%} {share:9.1%}  {'#' * round(50 * guess)}".rstrip())
-    norms = gate_norms(H, model)
     print("  norm of the block of        i        f        g        o")
-    for kind in KINDS.values():
-        print(f"  {kind:<20}", *(f"{norms[kind + gate]:8.2g}" for gate in "ifgo"))
+    for name in norms:
+        if name[3] == "i":  # W_ii_l0, and the other three beside it
+            row = (norms[name[:3] + gate + name[4:]] for gate in "ifgo")
+            print(f"  {name[:3] + '?' + name[4:]:<20}", *(f"{norm:8.2g}" for norm in row))
     print()
-    row = {
-        "case": f"example/{when}",
-        "parameters": len(H),
+
+    scale = np.abs(exact).max()
+    np.testing.assert_allclose(largest, exact[::-1][:3], rtol=0, atol=1e-6 * scale)
+    np.testing.assert_allclose(smallest, exact[:3], rtol=0, atol=1e-6 * scale)
+    assert abs(value - exact.sum()) < 5 * error, "the estimated trace is off"
+    assert np.abs(estimated - true).max() < 0.1, "an estimated share is off"
+    # Only the sum of a gate's two biases is ever used: nothing changes along their difference.
+    zeros = sum(len(rows) for name, rows in gates.items() if name.startswith("b_h"))
+    assert (np.abs(exact) < 1e-10 * scale).sum() >= zeros, "too few eigenvalues are zero"
+
+    numbers = {
         "loss": loss,
         "largest eigenvalue": largest[0],
-        "smallest": smallest[0],
+        "smallest eigenvalue": smallest[0],
         "trace": value,
-        "its standard error": error,
-        "exact trace": exact.sum(),
+        "trace, standard error": error,
+        "trace, exact": exact.sum(),
         "share below -0.01": estimated[:2].sum(),
-        "exact share": true[:2].sum(),
-        **{f"norm of W_h{gate}": norms[f"W_h{gate}"] for gate in "ifgo"},
+        "share below -0.01, exact": true[:2].sum(),
+        **{f"norm of W_h{gate}": norms[f"W_h{gate}_l0"] for gate in "ifgo"},
     }
-    return {name: three_digits(v) if isinstance(v, float) else v for name, v in row.items()}, density
+    return {"parameters": len(H)} | {name: three_digits(v) for name, v in numbers.items()}, density
 
 
 def draw(path, densities):
@@ -125,15 +124,25 @@ def draw(path, densities):
     figure.savefig(path)
 
 
+def positive(text):
+    """For argparse: an integer above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hidden", type=int, default=6, help="size of the LSTM (default 6: 223 parameters)")
-    parser.add_argument("--steps", type=int, default=400, help="of training (default 400)")
+    parser.add_argument("--hidden", type=positive, default=6, help="of the LSTM (default 6: 223 parameters)")
+    parser.add_argument("--steps", type=positive, default=400, help="of training (default 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="draw both densities to this file; needs matplotlib")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib")
 
+    torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
     torch.manual_seed(args.seed)
     model = nn.ModuleDict({"lstm": LSTM(1, args.hidden), "head": nn.Linear(args.hidden, 1)})
     model.double()  # Lanczos loses to rounding what it found: the more digits, the later
@@ -156,7 +165,11 @@ def main():
     if args.json:
         from gatematch.bench.results import describe_machine, write_results
 
-        write_results(args.json, describe_machine(torch.device("cpu")), [before, after])
+        rows = [
+            {"case": f"example/{name}", "before training": before[name], "after training": after[name]}
+            for name in before
+        ]
+        write_results(args.json, describe_machine(torch.device("cpu")), rows)
 
 
 if __name__ == "__main__":

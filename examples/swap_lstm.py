@@ -100,9 +100,16 @@ def difference(model, other, tokens, lengths):
         return (model(tokens, lengths) - other(tokens, lengths))[valid].abs().max().item()
 
 
+def positive(text):
+    """For argparse: an integer above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=60, help="before the swap; half as many after it")
+    parser.add_argument("--updates", type=positive, default=60, help="before the swap; half as many after it")
     updates = parser.parse_args().updates
     more = max(updates // 2, 1)
     torch.manual_seed(0)
