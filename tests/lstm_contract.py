@@ -50,7 +50,8 @@ def check_layer(
 
     With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. A result of few numbers,
     each a sum of few, may cancel, in ours or in torch's: there the largest of several draws and of both
-    directions are compared.
+    directions are compared. In float32 a gradient that is one product of torch's library may be off by twice
+    what that is by itself: some CPUs' libraries add up one number after the other.
     """
     ours, theirs, sizes, peers = Counter(), Counter(), Counter(), []
     for _ in range(1 if H >= 16 else 8 if B > 3 else 16):
@@ -70,8 +71,27 @@ def check_layer(
                 if value is not None:
                     kind = name.removesuffix("_reverse")
                     theirs[kind] = max(theirs[kind], largest_error(value, want[name]))
+    products = {
+        "dx": (T * B, 4 * H * N, I),
+        "dweight_ih_l0": (4 * H, T * B, I),
+        "dweight_hh_l0": (4 * H, T * B, P or H),
+    }
     for name in wrong:
-        assert ours[name] <= 2 * theirs[name], (name, ours[name], theirs[name], sizes[name])
+        library = 0.0
+        if dtype == torch.float32 and L == 1 and name in products:
+            library = sizes[name] * product_error(*products[name], device)
+        allowed = 2 * max(theirs[name], library)
+        assert ours[name] <= allowed, (name, ours[name], theirs[name], library, sizes[name])
+
+
+def product_error(n, k, m, device):
+    """The largest error of a few float32 products (n, k) (k, m), as a share of their largest number."""
+    shares = []
+    for _ in range(8):
+        x, y = torch.randn(n, k, device=device), torch.randn(k, m, device=device)
+        exact = x.double() @ y.double()
+        shares.append(largest_error(x @ y, exact) / float(exact.abs().max()))
+    return max(shares)
 
 
 def exceeded(errors, sizes, dtype, upstream):
