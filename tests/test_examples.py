@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# These train for long as they stand; without the slow tests they run for less, further down.
+LONG = ("answer_matching", "char_language_model", "gate_initialisation")
 # What a page's results file holds of generated text, and the page's quotation of it.
 SAMPLE = re.compile(r"(<!-- sample (?P<path>.+?) -->\n```text\n)(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = [page for page in sorted(ROOT.glob("docs/**/*.md")) if "<!-- sample " in page.read_text()]
@@ -25,7 +27,10 @@ def run(example: str, *options: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("example", [path.stem for path in EXAMPLES])
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in EXAMPLES],
+)
 def test_example_runs(example: str) -> None:
     run(example)
 
