@@ -51,7 +51,21 @@ def pairwise_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = check_pair(q, a, q_lengths, a_lengths)
+    return checked_attention(
+        q, a, q_lengths, a_lengths, check_pair(q, a, q_lengths, a_lengths), impl, precision
+    )
+
+
+def checked_attention(
+    q: Tensor,
+    a: Tensor,
+    q_lengths: Tensor | None,
+    a_lengths: Tensor | None,
+    unbatched: bool,
+    impl: str = "auto",
+    precision: str = "float32",
+) -> Tensor:
+    """`pairwise_attention` of what `check_pair` has passed; `unbatched` is what it returned."""
     path = _path(q, impl, precision)
     if unbatched:
         q, a = q[None], a[None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_dtype, check_flags, check_pair, check_sizes, check_weighted
-from .functional import pairwise_attention
+from .functional import checked_attention, pairwise_attention
 
 
 class PairwiseAttention(nn.Module):
@@ -72,14 +72,14 @@ class AttentionFeatures(nn.Module):
     def forward(
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_pair(q, a, q_lengths, a_lengths)
+        unbatched = check_pair(q, a, q_lengths, a_lengths)
         for name, rows in (("q", q), ("a", a)):
             if rows.shape[-2] > self.length:
                 raise ValueError(
                     f"{name} must have at most length = {self.length} rows; got {rows.shape[-2]}"
                 )
         check_weighted("q", q, self.weight_q)
-        S = pairwise_attention(q, a, q_lengths, a_lengths)
+        S = checked_attention(q, a, q_lengths, a_lengths, unbatched)
         weight_a = self.weight_q if self.shared else self.weight_a
         return S @ self.weight_q.mT[: a.shape[-2]], S.mT @ weight_a.mT[: q.shape[-2]]
 

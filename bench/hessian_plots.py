@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from gatematch.curvature import SpectralDensity
@@ -30,14 +32,18 @@ def whole(row: Mapping[str, Any]) -> np.ndarray:
     return H
 
 
+def heat(ax: Axes, H: np.ndarray, aspect: Literal["equal", "auto"] = "equal") -> AxesImage:
+    """H as colors, logarithmic on both sides of 0 and linear near it, since entries span many magnitudes."""
+    largest = np.abs(H).max()
+    norm = SymLogNorm(largest / 1e4, linscale=0.5, vmin=-largest, vmax=largest)
+    return ax.imshow(H, cmap="RdBu_r", norm=norm, aspect=aspect, interpolation="nearest")
+
+
 def _matrix(row: Mapping[str, Any]) -> Figure:
     H = whole(row)
-    largest = np.abs(H).max()
     figure = Figure(figsize=(8.6, 7.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     ax = figure.subplots()
-    # Entries span many orders of magnitude: logarithmic on both sides of 0, linear only close to it.
-    norm = SymLogNorm(largest / 1e4, linscale=0.5, vmin=-largest, vmax=largest)
-    image = ax.imshow(H, cmap="RdBu_r", norm=norm, interpolation="nearest")
+    image = heat(ax, H)
     # A parameter holds the gates i, f, g, o: a thin line between gates, a stronger one between parameters.
     names = [name.removesuffix("_l0") for name in row["blocks"]]
     blocks = list(zip(names, row["blocks"].values(), strict=True))

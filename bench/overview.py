@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from .hessian_plots import whole
+from .answers.plots import name_words
+from .hessian_plots import heat, whole
 from .results import read_results
 
 _OURS, _WRONG, _GREY, _INK = "#1f6fb4", "#e0862a", "#8a8f98", "#33415c"
@@ -60,19 +60,14 @@ def _attention(ax: Axes, row: Mapping[str, Any]) -> None:
         for j, score in enumerate(scores):
             if score == 1:
                 ax.text(j, i, "1", ha="center", va="center", fontsize=_TEXT, color="white", weight="bold")
-    # "$" would start a formula.
-    ax.set_xticks(range(len(answer)), [word.replace("$", r"\$") for word in answer], rotation=90)
-    ax.set_yticks(range(len(question)), [word.replace("$", r"\$") for word in question])
-    ax.tick_params(length=0, labelsize=_TEXT)
+    name_words(ax, question, answer, rotation=90)
+    ax.tick_params(labelsize=_TEXT)
     _title(ax, "Attention: equal words\nscore exactly 1")
 
 
 def _hessian(ax: Axes, row: Mapping[str, Any]) -> None:
     """The whole matrix; its parameters named, and of the weights the gates i, f, g, o."""
-    H = whole(row)
-    largest = abs(H).max()
-    norm = SymLogNorm(largest / 1e4, linscale=0.5, vmin=-largest, vmax=largest)
-    ax.imshow(H, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    heat(ax, whole(row), aspect="auto")
     parameters: dict[str, list[int]] = {}
     for name, (start, stop) in row["blocks"].items():
         stem = name[:3]  # W_ii_l0: W_i, gate i

@@ -50,8 +50,8 @@ def check_layer(
 
     With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. A result of few numbers,
     each a sum of few, may cancel, in ours or in torch's: there the largest of several draws and of both
-    directions are compared. In float32 a gradient that is one product of torch's library may be off by twice
-    what that is by itself: some CPUs' libraries add up one number after the other.
+    directions are compared. In float32 dx is one library product, of 4·H·N terms, and may be off
+    by twice what such a product is by itself: some CPUs' libraries add up one number after the other.
     """
     ours, theirs, sizes, peers = Counter(), Counter(), Counter(), []
     for _ in range(1 if H >= 16 else 8 if B > 3 else 16):
@@ -71,17 +71,10 @@ def check_layer(
                 if value is not None:
                     kind = name.removesuffix("_reverse")
                     theirs[kind] = max(theirs[kind], largest_error(value, want[name]))
-    products = {
-        "dx": (T * B, 4 * H * N, I),
-        "dweight_ih_l0": (4 * H, T * B, I),
-        "dweight_hh_l0": (4 * H, T * B, P or H),
-    }
+    if "dx" in wrong and dtype == torch.float32 and L == 1:
+        theirs["dx"] = max(theirs["dx"], sizes["dx"] * product_error(T * B, 4 * H * N, I, device))
     for name in wrong:
-        library = 0.0
-        if dtype == torch.float32 and L == 1 and name in products:
-            library = sizes[name] * product_error(*products[name], device)
-        allowed = 2 * max(theirs[name], library)
-        assert ours[name] <= allowed, (name, ours[name], theirs[name], library, sizes[name])
+        assert ours[name] <= 2 * theirs[name], (name, ours[name], theirs[name], sizes[name])
 
 
 def product_error(n, k, m, device):

@@ -493,20 +493,30 @@ def export_forward_mode(case: Case) -> Found:
         yield tangents_of(program(*dual(case.inputs, case.v), *case.lengths)), case.right_tangents
 
 
-def joined(tensors: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([tensor.double().flatten() for tensor in tensors])
+def steady(case: Case) -> bool:
+    """Whether bfloat16 moves the plain op's own results and gradients little: it turns those of near rows."""
+    inputs = leaves(case.inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = case.plain(*inputs)
+    grads = grad(case.mixed(tuple(y.float() for y in results)), inputs)
+    try:
+        compare((results, grads), (case.right, case.right_gradient), 0.03)
+    except AssertionError:
+        return False
+    return True
 
 
 def autocast(case: Case) -> Found:
+    while not steady(case):
+        case = Case(case.op, case.dtype)
     inputs = leaves(case.inputs)
     with torch.autocast("cpu", torch.bfloat16):
         results = case.ours(*inputs)
     assert tuple(y.dtype for y in results) == (case.op.low or (case.dtype,) * len(results))
-    yield joined(results), joined(case.right)
+    yield results, case.right
     grads = grad(case.mixed(tuple(y.float() for y in results)), inputs)
     assert {g.dtype for g in grads} == {case.dtype}
-    # A gradient that is small because large ones cancel has their errors: by its own size there is no bound.
-    yield joined(grads), joined(case.right_gradient)
+    yield grads, case.right_gradient
 
 
 def checkpointed(case: Case) -> Found:

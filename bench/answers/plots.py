@@ -78,14 +78,19 @@ def _attention(cases: Mapping[str, Any]) -> Figure:
             for j, score in enumerate(scores):
                 color = "white" if score > 0.5 else "#33415c"
                 ax.text(j, i, f"{score:.2f}", ha="center", va="center", fontsize=7, color=color)
-    # "$" would start a formula.
-    ax.set_xticks(range(len(answer)), [word.replace("$", r"\$") for word in answer], rotation=45, ha="right")
-    ax.set_yticks(range(len(question)), [word.replace("$", r"\$") for word in question])
-    ax.tick_params(length=0)
+    name_words(ax, question, answer, rotation=45, ha="right")
     ax.set_xlabel("the right answer")
     ax.set_ylabel("question")
     figure.colorbar(image, ax=ax, label="S = 1 / (1 + distance)")
     return figure
+
+
+def name_words(ax: Any, question: Sequence[str], answer: Sequence[str], **turned: Any) -> None:
+    """The words of both sides at the rows and columns of an attention map."""
+    # "$" would start a formula.
+    ax.set_xticks(range(len(answer)), [word.replace("$", r"\$") for word in answer], **turned)
+    ax.set_yticks(range(len(question)), [word.replace("$", r"\$") for word in question])
+    ax.tick_params(length=0)
 
 
 def _clean(ax: Any) -> None:
