@@ -112,16 +112,34 @@ def speed(
     seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each row.")] = 2.0,
     compiled: Annotated[bool, typer.Option(help="Include the peers that torch.compile makes.")] = True,
 ) -> None:
-    """Ours beside torch's own, forward and forward+backward, each row right before it is timed."""
-    from gatematch.bench.speed import run_speed, speed_summary, speed_table
+    """Ours beside torch's own, forward and forward+backward, each row right before it is timed; exit code 1
+    when one of ours is wrong."""
+    from gatematch.bench.results import describe_machine, write_results
+    from gatematch.bench.speed import chosen, run_speed
+    from gatematch.bench.speed_report import faults, speed_summary, speed_table
 
     with one_sentence_errors():
         where = ready(device, json)
-        rows = run_speed(where, filter, seconds, compiled)
+        cases = chosen(where, filter)
+        more: dict[str, Any] = {}
+        if where.type == "cuda":
+            from gatematch.bench.ceilings import ceilings
+
+            more["ceilings"] = ceilings(where)
+        meta = describe_machine(where) | more
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            if json is not None:
+                write_results(json, meta, rows)
+
+        rows = run_speed(cases, where, seconds, compiled, more.get("ceilings"), keep)
     show(speed_table(rows))
     for line in speed_summary(rows):
         typer.echo(line)
-    save(json, where, rows)
+    if json is not None:
+        typer.echo(f"results: {json}")
+    if faults(rows):
+        raise typer.Exit(1)
 
 
 @app.command()

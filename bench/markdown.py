@@ -8,6 +8,7 @@ from typing import Any
 from .answers.report import RANKERS, Run, models_table
 from .hessian import COLUMNS, cells
 from .results import read_results
+from .speed_report import classes
 
 # The peer that each half is held against: what its users call today.
 _RIVALS = ("torch.nn.LSTM", "torch.nn.LSTMCell", "cdist, fast mode")
@@ -37,7 +38,7 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
     if _are_answers(rows):
         return _answers({row["case"]: row for row in rows})
     if all("peers" in row for row in rows):
-        return _speed(rows)
+        return _classes(rows) if any("timing" in row for row in rows) else _speed(rows)
     if all(row["case"].startswith("kernels/") for row in rows):
         return _kernels(rows)
     if all(row["case"].startswith("roofline/") for row in rows):
@@ -106,6 +107,24 @@ def _speed(rows: list[dict[str, Any]]) -> str:
             f"| {name} | {shape} | {rival} | {cells[0]} | {cells[1]} "
             f"| {forward['ours']['error']:.0e} | {error:.0e} |"
         )
+    return "\n".join(lines)
+
+
+def _classes(rows: list[dict[str, Any]]) -> str:
+    """Of a GPU: a line for each class and peer."""
+    lines = [
+        "| case | dtype | pass | timing | beside | rows | mean | worst | in | of the floor |",
+        "|---|---|---|---|---|---:|---:|---:|---|---:|",
+    ]
+    for members in classes(rows):
+        share = "" if members.share is None else f"{members.share:.0%}"
+        for peer in members.peers:
+            if (found := members.against(peer)) is not None:
+                mean, worst, row, number = found
+                where = " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
+                data = "" if row["data"] == "random" else f", {row['data']}"
+                numbers = f"{number} | {mean:.2f}x | {worst:.2f}x | {where}{data} | {share}"
+                lines.append(f"| {' | '.join(members.words)} | {peer} | {numbers} |")
     return "\n".join(lines)
 
 

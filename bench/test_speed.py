@@ -6,12 +6,13 @@ Run it with `pytest bench --benchmark-only`.
 import pytest
 import torch
 
-from gatematch.bench.cases import CASES, Case, build
-from gatematch.bench.speed import MODES, label, run
+from gatematch.bench.cases import CASES, build
+from gatematch.bench.problems import Case
+from gatematch.bench.speed import MODES, run
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_speed(benchmark, case: Case, mode: str) -> None:  # type: ignore[no-untyped-def]
     problem = build(case, torch.device("cpu"), compiled=False)
     upstream = torch.randn_like(problem.ours())

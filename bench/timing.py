@@ -1,36 +1,42 @@
-"""Timing side by side: every function in turn, many times, so that a slow moment falls on all of them."""
+"""Timing side by side: every function in turn, many times, so that a slow moment falls on all of them.
+
+On a GPU device events are read, and there are three ways to call:
+
+    warm     one call after the other, as the host issues them: its launches count where they are slower
+    cold     each call on an L2 cache that holds nothing of its inputs, and issued before the device is free
+             for it, so that only the device's time counts
+    graph    `warm`, of a CUDA graph's replays
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
 
+Call = Callable[[], Any]
+Sampler = Callable[[Call, int], float]
+
 
 def measure(
-    functions: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device
+    functions: Mapping[str, Call], seconds: float, device: torch.device, timing: str = "warm"
 ) -> dict[str, np.ndarray]:
     """Seconds per call, one sample of each function a round, for at least `seconds` and 7 rounds.
 
-    A sample repeats a function that is short, for about a millisecond.
+    A sample repeats a function that is short, for about a millisecond; a cold one cannot be repeated.
     """
-
-    def sample(function: Callable[[], Any], repeat: int) -> float:
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(repeat):
-            function()
-        _wait(device)
-        return (time.perf_counter() - start) / repeat
-
+    samplers: dict[str, Sampler] = {}
     repeats = {}
     for name, function in functions.items():
         function()
-        repeats[name] = max(1, min(200, int(1e-3 / min(sample(function, 1) for _ in range(3)))))
+        samplers[name] = _sampler(function, device, timing)
+        shortest = min(samplers[name](function, 1) for _ in range(3))
+        repeats[name] = 1 if timing == "cold" else max(1, min(200, int(1e-3 / shortest)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     # Whoever follows a function finds the caches as that one left them: a new order every round.
@@ -38,13 +44,78 @@ def measure(
     names = list(functions)
     while len(samples[names[0]]) < 7 or time.perf_counter() < end:
         for name in shuffle(names).tolist():
-            samples[name].append(sample(functions[name], repeats[name]))
+            samples[name].append(samplers[name](functions[name], repeats[name]))
     return {name: np.array(times) for name, times in samples.items()}
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def _sampler(function: Call, device: torch.device, timing: str) -> Sampler:
+    if device.type != "cuda":
+        return _host_seconds
+    if timing == "cold":
+        return _ColdSampler(function, device)
+    return lambda function, repeat: device_seconds(function, device, repeat)
+
+
+def _host_seconds(function: Call, repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        function()
+    return (time.perf_counter() - start) / repeat
+
+
+def device_seconds(
+    function: Call, device: torch.device, repeat: int = 1, before: Call = lambda: None
+) -> float:
+    """Seconds a call between two events of the device, `before` being issued ahead of the first."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    before()
+    start.record()
+    for _ in range(repeat):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeat
+
+
+class _ColdSampler:
+    """Writes through L2 before each call, often enough that the host has issued the call meanwhile."""
+
+    def __init__(self, function: Call, device: torch.device) -> None:
+        self.device = device
+        size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 28)
+        self.cache = torch.empty(size, dtype=torch.int8, device=device)
         torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        issue = time.perf_counter() - start
+        write = min(device_seconds(self.cache.zero_, device) for _ in range(3))
+        self.writes = 1 + ceil(1.5 * issue / write)
+
+    def __call__(self, function: Call, repeat: int) -> float:
+        return device_seconds(function, self.device, repeat, self._flush)
+
+    def _flush(self) -> None:
+        for _ in range(self.writes):
+            self.cache.zero_()
+
+
+def graphed(function: Call, device: torch.device) -> Call:
+    """The replay of a CUDA graph of one call."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # what is set up at the first calls must not be captured
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = function()
+
+    def replay(kept: Any = kept) -> None:
+        graph.replay()
+
+    return replay
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:

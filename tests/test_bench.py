@@ -11,31 +11,29 @@ import torch
 from typer.testing import CliRunner
 
 from gatematch.attention import pairwise_sums
-from gatematch.bench import cases, check, speed
+from gatematch.bench import cases, check, pairwise_problems, problems, speed, speed_report
 from gatematch.bench.__main__ import app
 from gatematch.bench.markdown import markdown
 from gatematch.bench.overview import overview
 from gatematch.bench.plots import draw
+from gatematch.bench.problems import Case
 from gatematch.bench.results import describe_machine, read_results, write_results
 from gatematch.bench.timing import measure, peak_bytes
 
 CPU = torch.device("cpu")
 SMALL = [
-    cases.Case("pairwise/tiny", {"B": 2, "Q": 5, "A": 6, "D": 8}),
-    cases.Case("pairwise/tiny", {"B": 2, "Q": 40, "A": 40, "D": 50}, "text"),
-    cases.Case("pairwise/tiny", {"B": 2, "Q": 9, "A": 7, "D": 8}, "offset"),
-    cases.Case("lstm/tiny", {"T": 3, "B": 2, "I": 4, "H": 5}, options={"compiled": True}),
-    cases.Case(
-        "lstm/lengths", {"T": 9, "B": 4, "I": 4, "H": 5}, options={"lengths": True, "batch_first": True}
-    ),
-    cases.Case("lstm/cell", {"T": 1, "B": 2, "I": 4, "H": 5}, options={"cell": True}),
+    Case("pairwise/tiny", {"B": 2, "Q": 5, "A": 6, "D": 8}),
+    Case("pairwise/tiny", {"B": 2, "Q": 40, "A": 40, "D": 50}, "text"),
+    Case("pairwise/tiny", {"B": 2, "Q": 9, "A": 7, "D": 8}, "offset"),
+    Case("lstm/tiny", {"T": 3, "B": 2, "I": 4, "H": 5}, options={"compiled": True}),
+    Case("lstm/lengths", {"T": 9, "B": 4, "I": 4, "H": 5}, options={"lengths": True, "batch_first": True}),
+    Case("lstm/cell", {"T": 1, "B": 2, "I": 4, "H": 5}, options={"cell": True}),
 ]
 
 
 @pytest.fixture
-def rows(monkeypatch):
-    monkeypatch.setattr(speed, "CASES", SMALL)
-    return speed.run_speed(CPU, seconds=0.0, compiled=False)
+def rows():
+    return speed.run_speed(SMALL, CPU, seconds=0.0, compiled=False)
 
 
 def test_speed_rows_hold_times_errors_and_ratios(rows, tmp_path):
@@ -57,48 +55,47 @@ def test_speed_rows_hold_times_errors_and_ratios(rows, tmp_path):
     table = markdown(path).splitlines()
     assert len([line for line in table if line.startswith("| pairwise/")]) == 3
     assert "wrong" in next(line for line in table if "tiny, text" in line)
-    assert speed.speed_table(rows).row_count == len(rows)
-    assert any("torch.nn.LSTM:" in line for line in speed.speed_summary(rows))
+    assert speed_report.speed_table(rows).row_count == len(rows)
+    assert any("torch.nn.LSTM:" in line for line in speed_report.speed_summary(rows))
 
 
 def test_a_wrong_result_of_ours_is_marked_not_timed(monkeypatch):
-    monkeypatch.setattr(speed, "CASES", SMALL[:1])
-    monkeypatch.setattr(cases, "pairwise_attention", lambda q, a: cases.cdist_exact(q, a) + 1e-3)
-    (row, _) = speed.run_speed(CPU, seconds=0.0, compiled=False)
+    monkeypatch.setattr(
+        pairwise_problems, "pairwise_attention", lambda q, a, impl: pairwise_problems.cdist_exact(q, a) + 1e-3
+    )
+    (row, _) = speed.run_speed(SMALL[:1], CPU, seconds=0.0, compiled=False)
     assert row["ours"]["status"] == "wrong" and "median" not in row["ours"]
-    assert any("WRONG" in line for line in speed.speed_summary([row]))
+    assert any("WRONG" in line for line in speed_report.speed_summary([row]))
 
 
 def test_wrong_gradients_of_ours_are_marked_not_timed(monkeypatch):
-    monkeypatch.setattr(speed, "CASES", SMALL[:1])
 
-    def scaled(q, a):
-        S = cases.cdist_exact(q, a)
+    def scaled(q, a, impl):
+        S = pairwise_problems.cdist_exact(q, a)
         return S.detach() + 2 * (S - S.detach())
 
-    monkeypatch.setattr(cases, "pairwise_attention", scaled)
-    forward, both = speed.run_speed(CPU, seconds=0.0, compiled=False)
+    monkeypatch.setattr(pairwise_problems, "pairwise_attention", scaled)
+    forward, both = speed.run_speed(SMALL[:1], CPU, seconds=0.0, compiled=False)
     assert forward["ours"]["status"] == "timed" and both["ours"]["status"] == "wrong"
 
 
 def test_a_slower_peer_has_a_ratio_above_one(monkeypatch):
     def slow(q, a):
         time.sleep(0.002)
-        return cases.cdist_exact(q, a)
+        return pairwise_problems.cdist_exact(q, a)
 
-    monkeypatch.setattr(speed, "CASES", SMALL[:1])
-    monkeypatch.setattr(cases, "broadcast", slow)
-    row, _ = speed.run_speed(CPU, seconds=0.0, compiled=False)
+    monkeypatch.setattr(pairwise_problems, "broadcast", slow)
+    row, _ = speed.run_speed(SMALL[:1], CPU, seconds=0.0, compiled=False)
     assert row["peers"]["broadcast"]["ratio"] > 2 and row["peers"]["broadcast"]["median"] > 2  # ms
 
 
 def test_data_of_the_cases():
-    q, a = cases.rows(SMALL[2], CPU, "offset")
+    q, a = pairwise_problems.rows(SMALL[2], CPU, "offset")
     assert 8 < q.mean() < 12 and 8 < a.mean() < 12
-    q, a = cases.rows(SMALL[1], CPU, "text")
+    q, a = pairwise_problems.rows(SMALL[1], CPU, "text")
     equal = (q[:, :, None] == a[:, None]).all(-1).float().mean()
     assert 0.002 < equal < 0.06  # about 1.6% of pairs in text of this vocabulary
-    assert cases.rows(SMALL[0], CPU, "random")[0].mean().abs() < 0.5
+    assert pairwise_problems.rows(SMALL[0], CPU, "random")[0].mean().abs() < 0.5
 
 
 def test_bounds_are_those_of_the_contract():
@@ -123,17 +120,16 @@ def test_check_sees_a_nan_in_the_last_gradient(monkeypatch):
 
 
 def test_compiled_peers_say_why_they_are_missing(monkeypatch):
-    monkeypatch.setattr(cases.shutil, "which", lambda name: None)
+    monkeypatch.setattr(problems.shutil, "which", lambda name: None)
     for case in (SMALL[0], SMALL[3]):
         skipped = cases.build(case, CPU).skipped
         assert "torch.compile needs a C++ compiler" in skipped.values()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not cases.has_compiler(), reason="torch.compile needs a C++ compiler")
-def test_compiled_peers_are_timed(monkeypatch):
-    monkeypatch.setattr(speed, "CASES", [SMALL[0], SMALL[3]])
-    rows = speed.run_speed(CPU, seconds=0.0)
+@pytest.mark.skipif(not problems.has_compiler(), reason="torch.compile needs a C++ compiler")
+def test_compiled_peers_are_timed():
+    rows = speed.run_speed([SMALL[0], SMALL[3]], CPU, seconds=0.0)
     assert rows[0]["peers"]["compiled expansion"]["status"] == "timed"
     assert rows[2]["peers"]["compiled loop"]["status"] == "timed"
 

@@ -143,7 +143,9 @@ def test_the_bounds_and_the_data_are_those_of_the_program() -> None:
     from gatematch.attention.near import SCRATCH
     from gatematch.attention.operands import DIRECT
     from gatematch.bench import cases as program
-    from gatematch.bench import speed
+    from gatematch.bench import lstm_problems, speed
+    from gatematch.bench.pairwise_problems import rows
+    from gatematch.bench.problems import Case
     from gatematch.bench.timing import measure
 
     def short(bound: float) -> str:
@@ -151,12 +153,15 @@ def test_the_bounds_and_the_data_are_those_of_the_program() -> None:
 
     def made(data: str, **shape: int) -> torch.Tensor:
         torch.manual_seed(0)
-        return program.rows(program.Case("pairwise/made", shape, data), cpu, data)[0].detach()
+        return rows(Case("pairwise/made", shape, data), cpu, data)[0].detach()
 
     cpu = torch.device("cpu")
     text = next(case for case in program.CASES if case.data == "text")
     problem = program.build(text, cpu, compiled=False)
-    lstm, lstm_16 = (program._lstm_bounds(dtype)["bound"] for dtype in (torch.float32, torch.bfloat16))
+    lstm, lstm_16 = (
+        lstm_problems._bounds(Case("lstm/made", {}, dtype=dtype))["bound"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     words = made("text", B=1, Q=2_000_000, A=1, D=2).view(torch.int64).unique().numel()
     offset = made("offset", B=1, Q=9, A=1, D=9) - made("random", B=1, Q=9, A=1, D=9)
     rounds = len(measure({"nothing": lambda: None}, 0.0, cpu)["nothing"])

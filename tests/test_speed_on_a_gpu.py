@@ -1,0 +1,422 @@
+"""What `speed` does on a GPU, with a made-up device: the cases, the ways of timing, floors and classes."""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("rich")
+from gatematch.bench import cases, floors, pairwise_problems, speed, speed_report, timing
+from gatematch.bench.markdown import markdown
+from gatematch.bench.problems import Case, Part, Problem, Work
+from gatematch.bench.results import describe_machine, write_results
+from gatematch.bench.roofline import H200
+from gatematch.kernels import config
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+RATES = {
+    "bytes": 4.8e12,
+    "bfloat16_flops": 989e12,
+    "float16_flops": 989e12,
+    "tf32_flops": 494.5e12,
+    "float32_flops": 67e12,
+    "specials": 3.9e12,
+}
+
+
+def small(case):
+    """The same kind of case in sizes for a CPU."""
+    shape = {letter: min(size, 12) for letter, size in case.shape.items()}
+    return Case(case.name, shape, case.data, case.dtype, case.options, case.precision, case.timings)
+
+
+KINDS = {
+    (case.name, case.data, case.numbers): small(case)
+    for case in cases.GPU_CASES
+    if case.dtype != torch.float16 and "cell" not in case.options
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_every_kind_of_case_can_be_built_and_is_right(kind, request):
+    case = KINDS[kind]
+    if case.name.startswith("lstm/") and case.dtype == torch.bfloat16:
+        request.getfixturevalue("bfloat16_lstm")
+    for row in speed.run_speed([case], CPU, seconds=0.0, compiled=False):
+        assert row["ours"]["status"] == "timed", row
+        assert row["ours"]["median"] > 0
+        assert row["dtype"] == case.numbers
+        known = {"wrong", "timed", "skipped: left out", "skipped: its differences would take over 512 MiB"}
+        assert {peer["status"] for peer in row["peers"].values()} <= known
+
+
+def test_the_cases_are_those_of_the_claims():
+    labels = [case.label for case in cases.GPU_CASES]
+    rows = [(case.label, *case.shape.items(), case.options.get("normalize")) for case in cases.GPU_CASES]
+    assert len(rows) == len(set(map(str, rows)))
+    single = [case for case in cases.GPU_CASES if case.name == "lstm/single"]
+    assert len(single) == 5 * 7 * 4 and all(case.shape["I"] == case.shape["H"] for case in single)
+    for numbers in ("bfloat16", "float16", "tf32", "float32"):
+        assert f"lstm/decode random {numbers}" in labels
+    assert cases.cases_of(GPU) is cases.GPU_CASES and cases.cases_of(CPU) is cases.CASES
+    assert all("graph" in case.timings for case in cases.GPU_CASES if case.name == "lstm/decode")
+    assert {way for case in cases.GPU_CASES for way in case.timings} == {"warm", "cold", "graph"}
+
+
+def test_the_part_that_is_compared_has_the_ends():
+    for B, Q, most in ((3, 7, 1000), (3, 7, 8), (1, 9, 4), (5, 1, 2), (2, 10**6, 16)):
+        part = Part.of(B, Q, most, CPU)
+        for size, chosen in ((B, part.batches), (Q, part.rows)):
+            assert chosen[0] == 0 and (chosen[-1] == size - 1 or len(chosen) == 1)
+            assert len(chosen.unique()) == len(chosen)
+        assert len(part.batches) * len(part.rows) <= max(most, 2)
+    part = Part.of(3, 5, 4, CPU)
+    x = torch.randn(3, 5, 2)
+    assert torch.equal(part(x), x[[0, 2]][:, [0, 4]])
+    alone = part.alone(x)
+    assert torch.equal(part(alone), part(x)) and not alone[1].any() and not alone[:, 1:4].any()
+
+
+def test_a_part_gives_the_gradients_of_all_that_it_depends_on():
+    case = Case("pairwise/attend", {"B": 3, "Q": 9, "A": 5, "D": 4, "V": 2}, options={"op": "attend"})
+    problem = pairwise_problems.pairwise_problem(case, CPU, False)
+    problem.part = Part.of(3, 9, 4, CPU)
+    assert len(problem.part.rows) == 2
+    q, a, v = problem.ours_wrt
+    problem.exact_wrt = [
+        x.detach().double().requires_grad_() for x in (problem.part(q), a[[0, 2]], v[[0, 2]])
+    ]
+    problem.wrt_parts = (problem.part, *[lambda x: x[[0, 2]]] * 2)
+    upstream = torch.randn(3, 9, 2)
+    exact = pairwise_problems.of_scores("attend", None, pairwise_problems.cdist_exact)
+    want = speed.run(
+        lambda: exact(*problem.exact_wrt),
+        problem.exact_wrt,
+        problem.part(upstream).double(),
+        "forward+backward",
+    )
+    for given, right in ((problem.part.alone(upstream), True), (upstream, False)):
+        got = speed.run(problem.ours, problem.ours_wrt, given, "forward+backward")
+        error, gradient_error = speed.errors(problem, got, want)
+        assert error < 1e-5 and (gradient_error < 1e-5) == right
+
+
+@pytest.mark.parametrize("normalize", [None, "rows"])
+def test_attending_by_torch_is_ours(normalize):
+    q, a, v = (torch.randn(2, n, d, dtype=torch.float64) for n, d in ((7, 8), (9, 8), (9, 3)))
+    ours = pairwise_problems.pairwise_attend(q, a, v, normalize)
+    theirs = pairwise_problems.of_scores("attend", normalize, pairwise_problems.cdist_exact)(q, a, v)
+    torch.testing.assert_close(ours, theirs)
+    fewer = pairwise_problems.in_float32(pairwise_problems.cdist_exact)(q.bfloat16(), a.bfloat16())
+    assert fewer.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_computes_the_same():
+    q, a, v = (torch.randn(2, n, 16) for n in (8, 16, 16))
+    ours = pairwise_problems.pairwise_attend(q, a, v, "rows")
+    torch.testing.assert_close(pairwise_problems.flex(q, a, v), ours, rtol=1e-5, atol=1e-5)
+
+
+# Timing
+
+
+class Clock:
+    """A device whose every call takes a second, and what was issued to it in which order."""
+
+    def __init__(self):
+        self.log, self.now = [], 0.0
+
+    def issue(self, name, seconds=1.0):
+        self.log.append(name)
+        self.now += seconds
+
+    def function(self, name):
+        return lambda: self.issue(name)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            clock.issue("event", 0.0)
+            self.at = clock.now
+
+        def synchronize(self):
+            clock.log.append("waited")
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    class Graph:
+        def replay(self):
+            clock.issue("replay", 0.25)
+
+    class Captured:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            clock.log.append("capture")
+
+        def __exit__(self, *error):
+            clock.log.append("captured")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        Event=Event,
+        CUDAGraph=Graph,
+        graph=Captured,
+        Stream=lambda device: stream,
+        stream=lambda stream: torch.no_grad(),
+        current_stream=lambda device: stream,
+        synchronize=lambda device: None,
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=50 << 20),
+    )
+    sizes = []
+
+    def empty(size, dtype, device):
+        sizes.append(size)
+        return SimpleNamespace(zero_=lambda: clock.issue("write", 0.5))
+
+    fake = SimpleNamespace(cuda=cuda, empty=empty, int8=torch.int8)
+    monkeypatch.setattr(timing, "torch", fake)
+    clock.sizes = sizes
+    return clock
+
+
+def test_warm_calls_follow_each_other_between_two_events(clock, monkeypatch):
+    times = timing.measure({"a": clock.function("a"), "b": clock.function("b")}, 0.0, GPU)
+    assert times["a"].tolist() == times["b"].tolist() == [1.0] * 7
+    assert clock.log[-4:] in (["event", "a", "event", "waited"], ["event", "b", "event", "waited"])
+    quick = timing.measure({"a": lambda: clock.issue("quick", 1e-4)}, 0.0, GPU)
+    assert np.allclose(quick["a"], 1e-4)
+    assert clock.log[-13:] == ["event", *["quick"] * 10, "event", "waited"]
+
+
+def test_cold_calls_find_the_cache_written_over(clock, monkeypatch):
+    # The host takes 1.4 s to issue a call: at 0.5 s a write, 1 + 5 writes keep the device busy for longer.
+    ticks = iter(np.arange(0.0, 1e6, 1.4))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    times = timing.measure({"a": lambda: clock.issue("a", 1e-5)}, 0.0, GPU, "cold")
+    assert np.allclose(times["a"], 1e-5)
+    assert clock.sizes == [1 << 28]
+    assert clock.log[-10:] == ["write"] * 6 + ["event", "a", "event", "waited"]
+
+
+def test_a_large_cache_takes_a_larger_write(clock, monkeypatch):
+    monkeypatch.setattr(
+        timing.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 30)
+    )
+    timing.measure({"a": lambda: clock.issue("a")}, 0.0, GPU, "cold")
+    assert clock.sizes == [1 << 32]
+
+
+def test_a_graph_is_captured_once_after_a_warm_up(clock):
+    replay = timing.graphed(clock.function("a"), GPU)
+    assert clock.log == ["a"] * 3 + ["capture", "a", "captured"]
+    assert timing.measure({"a": replay}, 0.0, GPU, "graph")["a"].tolist() == [0.25] * 7
+    assert clock.log.count("a") == 4
+
+
+# Rows
+
+
+def made_problem(kernels=("pairwise_fwd",), work=True):
+    """Ours and two peers, one of them wrong, of one number; ours as if kernels had been launched."""
+    x = torch.ones(2, 3, requires_grad=True)
+
+    def ours():
+        for kernel in kernels:
+            config.choose(kernel, "sm_90", torch.bfloat16, {"Q": 8, "A": 8, "D": 8, "H": 64, "B": 16})
+        return 2 * x
+
+    def fails():
+        raise RuntimeError("no such thing\nat all")
+
+    exact = x.detach().double().requires_grad_()
+    return Problem(
+        ours=ours,
+        ours_wrt=[x],
+        peers={
+            "right": (lambda: x + x, [x]),
+            "wrong": (lambda: 2.5 * x, [x]),
+            "failing": (fails, [x]),
+        },
+        exact=lambda: 2 * exact,
+        exact_wrt=[exact],
+        bound=1e-6,
+        peer_bound=1e-6,
+        relative=False,
+        skipped={"left": "out"},
+        work={"forward": Work(4.8e9, 989e9, "bfloat16", 3.9e9)} if work else {},
+    )
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Times of calls by their names: ours 2 ms."""
+    seconds = {"ours": 2e-3, "right": 3e-3, "wrong": 1e-3, "random rows": 1e-3}
+    asked = []
+
+    def measure(calls, budget, device, timing):
+        asked.append((timing, list(calls)))
+        return {name: np.full(7, seconds[name]) for name in calls}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "peak_bytes", lambda call, device: 1 << 20)
+    monkeypatch.setattr(speed, "graphed", lambda call, device: call)
+    return asked
+
+
+def test_a_row_for_every_way_of_timing(device):
+    case = Case("pairwise/made", {"B": 2, "Q": 3, "A": 1, "D": 1}, timings=("cold", "warm"))
+    rows = speed.time_problem(case, made_problem(), "forward", GPU, 0.0, RATES)
+    assert [row["timing"] for row in rows] == ["cold", "warm"] == [timing for timing, _ in device]
+    assert all(names == ["ours", "right", "wrong"] for _, names in device)
+    for row in rows:
+        assert row["ours"]["median"] == 2.0 and row["peers"]["right"]["ratio"] == 1.5
+        # What is wrong is timed too, but its ratio goes by another name.
+        assert row["peers"]["wrong"]["status"] == "wrong" and "ratio" not in row["peers"]["wrong"]
+        assert row["peers"]["wrong"]["wrong_ratio"] == 0.5
+        assert row["peers"]["failing"] == {"status": "failed: no such thing"}
+        assert row["kernel"] == "pairwise_fwd"
+        tile = config.choose("pairwise_fwd", "sm_90", torch.bfloat16, {"Q": 8, "A": 8, "D": 8})
+        assert row["configs"] == {"pairwise_fwd": tile.options}
+        assert row["floors_ms"] == pytest.approx({"memory": 1.0, "product": 1.0, "specials": 1.0})
+        assert row["share"] == pytest.approx(0.5)
+        assert row["achieved"] == pytest.approx({"bytes_per_s": 2.4e12, "flops_per_s": 494.5e12})
+    assert speed_report.speed_table(rows).row_count == 2
+    lines = speed_report.speed_summary(rows)
+    assert "pairwise/made float32 forward cold right: 1.50x over 1 rows, worst 1.50x" in lines[0]
+    assert "pairwise/made float32 forward cold at least 50% of the floor" in lines
+
+
+def test_what_cannot_be_captured_is_said(device, monkeypatch):
+    case = Case("lstm/decode", {"T": 1, "B": 2, "I": 1, "H": 64}, timings=("graph",))
+    calls = []
+
+    def graphed(call, device):
+        calls.append(call)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    monkeypatch.setattr(speed, "graphed", graphed)
+    (row,) = speed.time_problem(case, made_problem(work=False), "forward", GPU, 0.0, RATES)
+    assert row["peers"]["right"] == {"status": "failed: operation not permitted when stream is capturing"}
+    assert device == [("graph", ["ours", "wrong"])] and "share" not in row
+    monkeypatch.setattr(speed, "graphed", lambda call, device: made_problem().peers["failing"][0]())
+    with pytest.raises(RuntimeError, match="no such thing"):  # ours must be capturable
+        speed.time_problem(case, made_problem(), "forward", GPU, 0.0, RATES)
+
+
+def test_what_is_wrong_of_ours_is_not_timed(device):
+    problem = made_problem()
+    problem.bound = -1.0
+    case = Case("pairwise/made", {"B": 2, "Q": 3, "A": 1, "D": 1}, timings=("cold", "warm"))
+    rows = speed.time_problem(case, problem, "forward", GPU, 0.0, RATES)
+    assert len(rows) == 2 and not device and all(row["ours"]["status"] == "wrong" for row in rows)
+    assert speed_report.speed_summary(rows).count("WRONG: pairwise/made random float32 forward") == 2
+
+
+def test_a_case_that_fails_does_not_stop_the_others(device, monkeypatch):
+    def build(case, device, compiled):
+        if case.name == "pairwise/bad":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+        return made_problem(work=False)
+
+    monkeypatch.setattr(speed, "build", build)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    made = [Case(f"pairwise/{name}", {"B": 2, "Q": 3, "A": 1, "D": 1}) for name in ("bad", "good")]
+    kept = []
+    rows = speed.run_speed(made, GPU, 0.0, keep=lambda rows: kept.append(len(rows)))
+    assert [row["ours"]["status"] for row in rows] == ["failed: CUDA out of memory.", "timed", "timed"]
+    assert kept == [1, 3]
+    assert speed_report.faults(rows) == ["FAILED: pairwise/bad random float32 CUDA out of memory."]
+    assert speed_report.speed_table(rows).row_count == 3
+    with pytest.raises(torch.OutOfMemoryError):  # on a CPU that is a mistake
+        speed.run_speed(made, CPU, 0.0)
+
+
+def test_the_step_of_a_single_layer_beside_the_model(device):
+    case = Case("lstm/single", {"T": 500, "B": 16, "I": 512, "H": 512}, dtype=torch.bfloat16)
+    problem = made_problem(("lstm_persistent_fwd",), work=False)
+    (row,) = speed.time_problem(case, problem, "forward", GPU, 0.0, RATES)
+    assert row["us_per_step"] == pytest.approx(4.0)
+    cell = floors.Cell(512, 16, "bfloat16", "forward")
+    assert row["model_us_per_step"] == floors.costs(floors.measured(H200, RATES), cell)["persistent"].us
+    both = floors.model_us_per_step(row | {"configs": ["lstm_persistent_fwd", "lstm_persistent_bwd"]}, None)
+    assert both > row["model_us_per_step"]
+    assert floors.model_us_per_step(row | {"configs": ["lstm_cluster_bwd"]}, RATES) is None
+    half = floors.model_us_per_step(row | {"dtype": "float16"}, RATES)
+    assert half == row["model_us_per_step"]
+
+
+def test_measured_rates_take_the_place_of_assumed_ones():
+    device = floors.measured(H200, RATES)
+    assert device.hbm_tb_s == 4.8 and device.bfloat16_tflops == 989 and device.tf32_tflops == 494.5
+    assert device.mufu_clock == pytest.approx(3.9e12 / 132 / 1.98e9)
+    assert device.grid_barrier_us == H200.grid_barrier_us
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "shape", "mode", "memory", "product"),
+    [  # in us, by hand for an H200
+        ("attention", torch.bfloat16, (64, 512, 300), "forward", 15, 10),
+        ("attention", torch.bfloat16, (8, 8192, 128), "forward", 231, 139),
+        ("attention", torch.float32, (8, 8192, 128), "forward", 461, 3 * 278),
+        ("attention", torch.bfloat16, (8, 8192, 128), "backward", 461, 278),
+        ("attend", torch.bfloat16, (8, 8192, 128), "forward", 28 / 2, 278),
+        ("attend", torch.bfloat16, (8, 8192, 128), "backward", 24, 694),
+    ],
+)
+def test_floors(op, dtype, shape, mode, memory, product):
+    B, L, D = shape
+    sizes = {"B": B, "Q": L, "A": L, "D": D} | ({"V": D} if op == "attend" else {})
+    of_modes = pairwise_problems.work(op, sizes, dtype)
+    found = floors.floors(of_modes["forward"], RATES)
+    if mode == "backward":
+        both = floors.floors(of_modes["forward+backward"], RATES)
+        found = {name: both[name] - ms for name, ms in found.items()}
+    assert found["memory"] * 1e3 == pytest.approx(memory, rel=0.05)
+    assert found["product"] * 1e3 == pytest.approx(product, rel=0.05)
+    if mode == "forward":
+        assert found["specials"] * 1e3 == pytest.approx(2 * B * L * L / 3.9e6)
+
+
+def test_classes_of_the_summary_and_of_the_table(tmp_path):
+    def row(case, H, ratio, mode="forward", **more):
+        ours = {"status": "timed", "median": 1.0}
+        peers = {"torch.nn.LSTM": {"status": "timed", "ratio": ratio}}
+        shape = {"T": 512, "B": 1, "I": H, "H": H}
+        return {
+            "case": case, "data": "random", "shape": shape, "dtype": "tf32", "mode": mode, "timing": "warm",
+            "ours": ours, "peers": peers, **more,
+        }  # fmt: skip
+
+    rows = [
+        row("lstm/single", 64, 1.0),
+        row("lstm/single", 128, 4.0),
+        row("lstm/single", 2048, 0.1),
+        row("lstm/single", 64, 3.0, "forward+backward"),
+        row("lstm/decode", 64, 5.0, share=0.5),
+    ]
+    lines = speed_report.speed_summary(rows)
+    assert len(lines) == 5 and lines[4].endswith("at least 50% of the floor")
+    assert lines[0].startswith("lstm/single tf32 forward warm torch.nn.LSTM: 2.00x over 2 rows, worst 1.00x")
+    assert "H2048 tf32 forward warm torch.nn.LSTM: 0.10x over 1 rows" in lines[1]
+    write_results(tmp_path / "speed.json", describe_machine(CPU), rows)
+    table = markdown(tmp_path / "speed.json").splitlines()
+    assert (
+        "| lstm/single | tf32 | forward | warm | torch.nn.LSTM | 2 | 2.00x | 1.00x | T512 B1 I64 H64 |  |"
+        in table
+    )
+    assert table[5].endswith("| 5.00x | T512 B1 I64 H64 | 50% |")
