@@ -420,3 +420,43 @@ def test_classes_of_the_summary_and_of_the_table(tmp_path):
         in table
     )
     assert table[5].endswith("| 5.00x | T512 B1 I64 H64 | 50% |")
+
+
+def test_ceilings_count_what_is_moved_and_computed(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from gatematch.bench import ceilings
+
+    launched = []
+    monkeypatch.setattr(ceilings, "_COPIED", 1 << 10)
+    monkeypatch.setattr(ceilings, "_SIDE", 8)
+    monkeypatch.setattr(
+        triton.runtime.jit.JITFunction, "run", lambda self, *args, **options: launched.append(args)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2)
+    )
+
+    def device_seconds(function, device):
+        function()
+        return 0.5
+
+    monkeypatch.setattr(ceilings, "device_seconds", device_seconds)
+    rates = ceilings.ceilings(CPU)
+    products = {f"{name}_flops": 2 * 8**3 / 0.5 for name in ("bfloat16", "float16", "tf32", "float32")}
+    numbers = 2 * 64 * 1024
+    assert rates == {"bytes": 2 * 1024 / 0.5, **products, "specials": numbers * 4096 / 0.5}
+    assert launched and all(x.numel() == numbers and count == 4096 for x, _, count, *_ in launched)
+    assert set(RATES) == set(rates)
+
+
+def test_the_roots_of_the_ceiling_are_special_functions_and_little_else():
+    pytest.importorskip("triton")
+    from gatematch.bench import ceilings
+    from gatematch.bench.kernels import compiled
+
+    x = torch.ones(1024)
+    (binary,) = compiled("roots", "sm_90", lambda: ceilings.roots[(1,)](x, x, 4096, BLOCK=1024, num_warps=4))
+    body = binary.asm["ptx"].split("$L__BB0_1:")[1].split("bra")[0]
+    instructions = [line.strip() for line in body.splitlines() if line.startswith("\t") and "//" not in line]
+    roots = [line for line in instructions if line.startswith("rsqrt.approx.ftz.f32")]
+    assert len(roots) == 8 and len(instructions) <= len(roots) + 4, instructions
