@@ -23,7 +23,8 @@ help:
 	@echo "make newest    the kernels compiled with the newest Triton, beside the one in constraints.txt"
 	@echo "make lint      ruff, and mypy on the installed package"
 	@echo "make docs      the documentation as a site in $(OUT)/site; make docs-check opens its pages in Chromium"
-	@echo "make gpu       the CUDA tests, on a machine that has torch, triton, numpy, pytest and setuptools"
+	@echo "make gpu       all that only a GPU can show, stage by stage, and nothing from a network: needs torch,"
+	@echo "               triton, numpy, pytest, typer, rich and setuptools; ARGS=\"--stage tests\" runs one stage"
 
 # Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
 # into the wheel.
@@ -92,12 +93,13 @@ docs: $(VENV)/for-docs
 docs-check: docs
 	SITE=$(OUT)/site $(RUN) -m pytest -m site tests/test_site.py
 
-# Takes nothing from a network.
+# Takes nothing from a network. A Python whose packages the system owns refuses to install: then let GPU_PYTHON
+# be that of a venv made with --system-site-packages.
 GPU_PYTHON ?= python3
 gpu:
 	rm -rf build
 	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation .
-	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py
+	$(GPU_PYTHON) -m gatematch.bench gpu --json $(OUT)/gpu.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit(f'gatematch-bench needs {missing.name}: pip install "gatematch[bench]"') from None
 
-if TYPE_CHECKING:
-    import torch
-    from rich.table import Table
-
-app = typer.Typer(
-    help="Benchmarks of gatematch: LSTM and pairwise attention beside PyTorch's own.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@app.callback()
-def main() -> None:
-    """Every command writes its results as JSON; tables and pictures are drawn from that."""
-
-
-@contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """A wrong file or option, or no triton, ends the command with one sentence on stderr and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+from gatematch.bench.console import Device, Json, app, one_sentence_errors, ready, save, show, usable_device
 
 
 @app.command()
@@ -80,10 +54,6 @@ def answers(
         except Interrupted as interruption:
             typer.echo(str(interruption), err=True)
             raise typer.Exit(130) from None
-
-
-Device = Annotated[str, typer.Option(help="Where to run, as torch names it: cpu, cuda, cuda:1.")]
-Json = Annotated[Path | None, typer.Option(help="Results file.")]
 
 
 @app.command()
@@ -151,13 +121,14 @@ def kernels(
     filter: Annotated[
         str, typer.Option(help="Only kernels whose name/arch/dtype matches this regular expression.")
     ] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 1,
 ) -> None:
     """What every kernel compiles to, without a GPU; exit code 1 when one spills or does not fit."""
     with one_sentence_errors():
         where = ready("cpu", json)
         from gatematch.bench.kernels import ARCHITECTURES, faults, kernels_table, run_kernels
 
-        rows = run_kernels(arch or list(ARCHITECTURES), filter)
+        rows = run_kernels(arch or list(ARCHITECTURES), filter, jobs)
     show(kernels_table(rows))
     save(json, where, rows)
     bad = [(row["case"], fault) for row in rows for fault in faults(row)]
@@ -228,64 +199,6 @@ def curvature(
 
 
 @app.command()
-def tune(
-    device: Annotated[str, typer.Option(help="The GPU, as torch names it.")] = "cuda",
-    filter: Annotated[
-        str, typer.Option(help="Only kernels whose name/arch/dtype matches this regular expression.")
-    ] = "",
-    out: Annotated[
-        Path | None, typer.Option(help="The list to write; default: the package's own of this GPU.")
-    ] = None,
-) -> None:
-    """Choose the configurations of the kernels by measuring them on this GPU."""
-    with one_sentence_errors():
-        where = usable_device(device)
-        from gatematch.bench.tune import run_tune
-
-        typer.echo(f"configurations: {run_tune(where, filter, out, typer.echo)}")
-
-
-def show(table: Table) -> None:
-    """A pipe has no width of its own: give the table room there."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
-
-
-def ready(device: str, json: Path | None) -> torch.device:
-    """The device, when it and the results file can be used."""
-    from gatematch.bench.results import writable
-
-    if json is not None:
-        writable("--json", json)
-    return usable_device(device)
-
-
-def usable_device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device must be one that torch can use here, as cpu; got {name!r}: {reason}"
-        ) from None
-    return device
-
-
-def save(path: Path | None, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> None:
-    from gatematch.bench.results import describe_machine, write_results
-
-    if path is not None:
-        write_results(path, describe_machine(device) | more, rows)
-        typer.echo(f"results: {path}")
-
-
-@app.command()
 def plot(
     results: Annotated[Path, typer.Argument(help="A results file of `answers`, `speed` or `hessian`.")],
     out: Annotated[
@@ -332,6 +245,9 @@ def table(
     with one_sentence_errors():
         typer.echo(markdown(*results))
 
+
+# In the order in which --help lists them: last those that need a GPU.
+from gatematch.bench import gpu_commands  # noqa: E402, F401
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -7,16 +7,19 @@ and instructions are read from the binary.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from rich.progress import track
 from rich.table import Table
@@ -28,21 +31,15 @@ from gatematch.bench.launches import LAUNCHES, Sample, entries, launched_with, s
 from gatematch.kernels import config
 from gatematch.kernels.config import Config
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a report is made for, and how much shared memory a program may take there."""
-
-    target: GPUTarget
-    shared_bytes: int
+# What a report is made for, and how many bytes of shared memory a program may take there.
+ARCHITECTURES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 
-ARCHITECTURES = {
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * 1024),
-}
+def target(arch: str) -> GPUTarget:
+    """An architecture as Triton's driver names it on such a device."""
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
 def compiled(kernel: str, arch: str, launch: Callable[[], object]) -> list[Any]:
@@ -56,7 +53,7 @@ def compiled(kernel: str, arch: str, launch: Callable[[], object]) -> list[Any]:
 
     # The device is also the key of Triton's caches: one for each architecture.
     pretended = SimpleNamespace(
-        get_current_target=lambda: ARCHITECTURES[arch].target,
+        get_current_target=lambda: target(arch),
         get_current_device=lambda: arch,
         get_current_stream=lambda device: 0,
     )
@@ -69,8 +66,27 @@ def compiled(kernel: str, arch: str, launch: Callable[[], object]) -> list[Any]:
     return found
 
 
-def run_kernels(archs: list[str], pattern: str = "") -> list[dict[str, Any]]:
-    """A row for every kernel, shipped configuration and variant whose kernel, arch and dtype match."""
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes that compile. What they have compiled a launch on such a device finds in Triton's cache: its
+    key is made of the source, the specialised arguments, the options, the target and the compiler.
+    """
+    # CUDA does not survive a fork.
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def stop(pool: ProcessPoolExecutor) -> None:
+    """End the workers, also in the middle of a compilation: Ctrl-C and a time limit wait for none."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+    pool.shutdown(cancel_futures=True)
+
+
+def run_kernels(archs: list[str], pattern: str = "", jobs: int = 1) -> list[dict[str, Any]]:
+    """A row for every kernel, shipped configuration and variant whose kernel, arch and dtype match.
+
+    With several jobs as many processes compile; the rows are the same, in the same order.
+    """
     if unknown := [arch for arch in archs if arch not in ARCHITECTURES]:
         raise ValueError(f"--arch must be of {', '.join(ARCHITECTURES)}; got {unknown[0]!r}")
     launches = [
@@ -79,11 +95,18 @@ def run_kernels(archs: list[str], pattern: str = "") -> list[dict[str, Any]]:
         for sample in samples(entry.kernel, entry.dtype, entry.shape)
         if served(entry.kernel, entry.arch, sample)
     ]
-    rows = {
-        row["case"]: row  # two shapes may share a configuration
-        for launch in track(launches, description="kernels", transient=True)
-        for row in kernel_rows(*launch)
-    }
+    with ExitStack() as stack:
+        each: Callable[..., Iterable[list[dict[str, Any]]]] = map
+        if jobs > 1:
+            pool = workers(jobs)
+            stack.callback(stop, pool)
+            each = pool.map
+        found = each(kernel_rows, *zip(*launches, strict=True))
+        rows = {
+            row["case"]: row  # two shapes may share a configuration
+            for of_launch in track(found, "kernels", len(launches), transient=True)
+            for row in of_launch
+        }
     return list(rows.values())
 
 
@@ -108,7 +131,7 @@ def _row(kernel: str, arch: str, sample: Sample, tile: Config, binary: Any) -> d
         "config": tile.options,
         "variant": variant,
         "shared_bytes": binary.metadata.shared,
-        "shared_limit": ARCHITECTURES[arch].shared_bytes,
+        "shared_limit": ARCHITECTURES[arch],
         "tensor_core_products": _tensor_core_products(binary.asm),
         **(_read_cubin(binary.asm["cubin"]) if "cubin" in binary.asm else _read_amdgcn(binary.asm["amdgcn"])),
     }

@@ -127,7 +127,9 @@ def _matcher_problem(case: Case, device: torch.device) -> Problem:
 
     def step_of(matcher: nn.Module) -> tuple[Function, list[Tensor]]:
         # A bias that all candidates share has no gradient but rounding errors.
-        wrt = [weight for name, weight in matcher.named_parameters() if name != "compare.3.bias"]
+        wrt: list[Tensor] = [
+            weight for name, weight in matcher.named_parameters() if name != "compare.3.bias"
+        ]
         return lambda: F.cross_entropy(matcher(batch).view(B, -1), right), wrt
 
     (of_ours, ours_wrt), (of_exact, exact_wrt) = step_of(ours), step_of(exact)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -27,7 +28,13 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of gatematch's checkout in the current folder, with ``+`` for uncommitted changes."""
+    """The commit of gatematch's checkout in the current folder, with ``+`` for uncommitted changes; where
+    there is no repository what GATEMATCH_COMMIT says.
+    """
+    return _checked_out() or os.environ.get("GATEMATCH_COMMIT")
+
+
+def _checked_out() -> str | None:
     project = Path("pyproject.toml")
     if not project.exists() or 'name = "gatematch"' not in project.read_text():
         return None
@@ -96,9 +103,13 @@ def writable(option: str, path: Path) -> None:
 
 
 def write_results(path: Path, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a results file in one step: a reader sees the old file or the new one, never half of one."""
+    """Write a results file in one step: a reader sees the old file or the new one, never half of one.
+
+    A number that is not finite becomes null, which JSON has in its place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"meta": dict(meta), "rows": [dict(row) for row in rows]}, indent=1, allow_nan=False)
+    results = _finite({"meta": meta, "rows": list(rows)})
+    text = json.dumps(results, indent=1, allow_nan=False)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
@@ -108,6 +119,14 @@ def write_results(path: Path, meta: Mapping[str, Any], rows: Sequence[Mapping[st
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_results(path: Path) -> dict[str, Any]:

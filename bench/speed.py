@@ -92,7 +92,9 @@ def run(function: Function, wrt: list[Tensor], upstream: Tensor, mode: str) -> t
 
 def errors(problem: Problem, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[float, float | None]:
     """Largest error of the output, absolute or relative as the problem says, and of the gradients."""
-    parts = (problem.part, *problem.wrt_parts) if problem.part else (None,) * len(got)
+    parts: tuple[Callable[[Tensor], Tensor] | None, ...] = (None,) * len(got)
+    if problem.part:
+        parts = problem.part, *problem.wrt_parts
     relative = []
     for x, y, part in zip(got, want, parts, strict=False):
         difference = ((part(x) if part else x).detach().double() - y.detach()).abs().max()

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,22 @@ def bfloat16_lstm() -> None:
             torch.nn.LSTM(3, 4)(torch.zeros(2, 1, 3))
         except RuntimeError as error:
             pytest.skip(f"torch.nn.LSTM raises under autocast on this CPU: {error}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """After a kernel's access to memory that is not there every call of CUDA fails in its process. With
+    pytest-xdist a new process takes over; without, nothing more can be found.
+    """
+    result = yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if hasattr(item.config, "workerinput"):
+                os._exit(1)
+            pytest.exit(f"the CUDA device is lost: {error}", returncode=1)
+    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

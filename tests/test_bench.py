@@ -159,10 +159,14 @@ def test_measure_and_peak_bytes():
 def test_results_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "results.json"
     write_results(path, {"device": "cpu"}, [{"case": "x"}])
-    with pytest.raises(ValueError, match=r"Out of range float|JSON compliant"):
-        write_results(path, {}, [{"case": float("nan")}])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_results(path, {}, [{"case": CPU}])
     assert read_results(path)["rows"] == [{"case": "x"}]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    write_results(
+        path, {}, [{"case": "x", "error": float("nan"), "all": [1.5, float("-inf")], "of": {"n": 2}}]
+    )
+    assert read_results(path)["rows"] == [{"case": "x", "error": None, "all": [1.5, None], "of": {"n": 2}}]
     meta = describe_machine(CPU)
     assert {"device", "cpu", "python", "torch", "commit", "date", "command"} <= meta.keys()
     assert json.dumps(meta)

@@ -1,5 +1,7 @@
 """Every kernel in every shipped configuration, compiled for GPUs that this machine need not have."""
 
+import dataclasses
+from collections import defaultdict
 from unittest import mock
 
 import pytest
@@ -8,6 +10,9 @@ import torch
 triton = pytest.importorskip("triton")
 pytest.importorskip("rich")
 import triton.language as tl  # noqa: E402
+from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from gatematch.bench.__main__ import app  # noqa: E402
@@ -18,9 +23,9 @@ from gatematch.bench.kernels import (  # noqa: E402
     kernels_table,
     run_kernels,
 )
-from gatematch.bench.launches import LAUNCHES, Sample  # noqa: E402
+from gatematch.bench.launches import LAUNCHES, Sample, entries  # noqa: E402
 from gatematch.bench.results import read_results  # noqa: E402
-from gatematch.kernels import config  # noqa: E402
+from gatematch.kernels import config, pairwise_prepare  # noqa: E402
 from gatematch.kernels.config import Config  # noqa: E402
 
 # Register allocation changes from version to version; this is the one that torch 2.13 comes with.
@@ -139,13 +144,47 @@ def test_a_row_says_what_differs():
     assert row["config"] == {"SIZE": 32, "num_warps": 4, "num_stages": 2}
 
 
+def on_a_device(launch):
+    """Launches as on an sm_90, with Triton's own driver of it, up to where the GPU itself comes in."""
+    device = object.__new__(CudaDriver)
+    device.get_current_device = lambda: 0
+    device.get_device_capability = lambda device: (9, 0)
+    device.get_current_stream = lambda device: 0
+    run = JITFunction.run
+
+    def found(self, *args, grid, warmup, **kwargs):
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    with mock.patch.object(driver, "_active", device), mock.patch.object(JITFunction, "run", found):
+        launch()
+
+
+def test_what_workers_have_compiled_is_compiled_no_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, pattern = pairwise_prepare.pairwise_prepare, "^pairwise_prepare/sm_90/bfloat16$"
+    (entry,) = entries(["sm_90"], pattern)
+    sample = Sample(entry.dtype, entry.shape, entry.shape["D"])
+    two = [sample, dataclasses.replace(sample, with_lengths=False)]
+    monkeypatch.setattr("gatematch.bench.kernels.samples", lambda *entry: two)
+    rows = run_kernels(["sm_90"], pattern, jobs=2)
+    assert ["no x_lengths_ptr" in row["variant"] for row in rows] == [False, True]
+    hits = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **event: hits.append(event["cache_hit"]))
+    monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    assert run_kernels(["sm_90"], pattern) == rows
+    assert hits == [True, True]
+    on_a_device(LAUNCHES["pairwise_prepare"](dataclasses.replace(sample, batch=32)))
+    assert hits == [True, True, True]
+
+
 def test_the_command_reports_and_fails(tmp_path):
     row = toy_row(32, "tf32")
     spilled = {**row, "case": "kernels/bad", "spills": 3}
     path = tmp_path / "kernels.json"
     for rows, code in (([row], 0), ([row, spilled], 1)):
-        with mock.patch("gatematch.bench.kernels.run_kernels", return_value=rows):
-            result = CliRunner().invoke(app, ["kernels", "--json", str(path)])
+        with mock.patch("gatematch.bench.kernels.run_kernels", return_value=rows) as run:
+            result = CliRunner().invoke(app, ["kernels", "--json", str(path), "--jobs", "3"])
+        run.assert_called_once_with(list(ARCHITECTURES), "", 3)
         assert result.exit_code == code
         assert read_results(path)["rows"] == rows
         assert ("kernels/bad: 3 spills, 0 bytes of stack" in result.output) == (code == 1)

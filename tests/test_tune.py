@@ -2,6 +2,9 @@
 
 import json
 import math
+import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from unittest import mock
 
 import pytest
@@ -12,7 +15,8 @@ from typer.testing import CliRunner
 
 from gatematch.bench import tune
 from gatematch.bench.__main__ import app
-from gatematch.bench.launches import LAUNCHES, Sample
+from gatematch.bench.launches import LAUNCHES, Sample, entries, served
+from gatematch.bench.results import read_results
 from gatematch.kernels import config
 from gatematch.kernels.config import Config
 
@@ -42,6 +46,10 @@ def test_counts_have_neighbours_below_the_least_side_of_a_tile():
     assert [change for change in changed if change] == wanted
 
 
+def climb(cost, able=list, late=lambda: False):
+    return tune.climb(START, cost, able, late)
+
+
 def test_the_search_climbs_to_the_best_and_asks_once():
     asked = []
 
@@ -49,16 +57,123 @@ def test_the_search_climbs_to_the_best_and_asks_once():
         asked.append(str(tile.options))
         return 1 + abs(math.log2(tile.blocks["BLOCK_N"] / 128)) + abs(tile.num_stages - 3)
 
-    best, lowest = tune.climb(START, cost)
-    assert lowest == 1
+    best, before, after, candidates = climb(cost)
+    assert (before, after) == (6, 1)
     assert best == Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3)
-    assert len(asked) == len(set(asked))
+    assert len(asked) == len(set(asked)) == candidates + 1
 
 
 def test_the_search_leaves_what_fails_and_ignores_noise():
-    assert tune.climb(START, lambda tile: 1.0 if tile == START else 0.99) == (START, 1.0)
-    assert tune.climb(START, lambda tile: 5.0 if tile.num_warps == 8 else math.inf)[1] == 5.0
-    assert tune.climb(START, lambda tile: math.inf) == (START, math.inf)
+    assert climb(lambda tile: 1.0 if tile == START else 0.99) == (START, 1.0, 1.0, 6)
+    assert climb(lambda tile: 5.0 if tile.num_warps == 8 else math.inf)[1:3] == (math.inf, 5.0)
+    assert climb(lambda tile: math.inf) == (START, math.inf, math.inf, 6)
+
+
+def test_what_is_timed_next_is_compiled_at_once_and_timed_if_it_can_be():
+    log = []
+
+    def able(tiles):
+        log.append([tile.num_warps for tile in tiles])
+        return [tile for tile in tiles if tile.num_warps != 2]
+
+    def cost(tile):
+        log.append(tile.num_warps)
+        return 10 - tile.num_warps  # that of 2 would be dear too, but it is never asked
+
+    best = climb(cost, able).best
+    assert best.num_warps == 16
+    assert log[0] == [4, 4, 4, 4, 2, 8, 4] and log[1:7] == [4, 4, 4, 4, 8, 4]
+    assert log[7] == [8, 8, 8, 16, 8]
+    assert 2 not in log
+
+
+@pytest.mark.parametrize(
+    ("timed", "warps", "after", "candidates"),
+    [(1, 4, 3.0, 0), (5, 4, 3.0, 4), (6, 8, 2.0, 5), (11, 16, 1.0, 10)],
+)
+def test_the_search_ends_in_time_with_the_best_so_far(timed, warps, after, candidates):
+    asked = []
+
+    def cost(tile):
+        asked.append(tile)
+        return {8: 2.0, 16: 1.0}.get(tile.num_warps, 3.0)
+
+    found = climb(cost, late=lambda: len(asked) >= timed)
+    assert (found.best.num_warps, *found[1:]) == (warps, 3.0, after, candidates)
+
+
+def test_no_time_finds_nothing():
+    assert climb(lambda tile: 1.0, late=lambda: True) is None
+
+
+class Pool:
+    """A pool whose workers compile at once, but crash on 8 warps and never end on 2."""
+
+    made = 0
+
+    def __init__(self, jobs):
+        Pool.made += 1
+        self.broken = False
+        self.waiting = []
+
+    def submit(self, function, kernel, arch, sample, tile):
+        if self.broken:
+            raise BrokenProcessPool("crashed")
+        future = Future()
+        if tile.num_warps == 8:
+            self.broken = True
+            for lost in [*self.waiting, future]:
+                lost.set_exception(BrokenProcessPool("crashed"))
+        elif tile.num_warps == 2:
+            self.waiting.append(future)
+        else:
+            future.set_result(None)
+        return future
+
+    def shutdown(self, cancel_futures):
+        assert cancel_futures
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(tune, "workers", Pool)
+    monkeypatch.setattr(Pool, "made", 0)
+
+
+def warps(*numbers):
+    return [Config({}, num_warps, num_stages=1) for num_warps in numbers]
+
+
+def test_a_crash_of_the_compiler_costs_only_what_it_crashed_on(pool):
+    with tune.Compiler(2, math.inf) as compiler:
+        able = compiler.compile_all("toy", "sm_90", None, warps(1, 4, 8, 16, 32))
+        assert able == warps(1, 4, 16, 32)
+        assert Pool.made == 3
+        assert compiler.compile_all("toy", "sm_90", None, warps(4)) == warps(4)
+
+
+def test_nothing_waits_for_the_compiler_when_time_is_up(pool):
+    with tune.Compiler(2, time.monotonic() + 0.1) as compiler:
+        assert compiler.compile_all("toy", "sm_90", None, warps(1, 2, 4)) == warps(1, 4)
+        assert compiler.late()
+        assert compiler.compile_all("toy", "sm_90", None, warps(1)) == []
+
+
+def test_what_does_not_compile_is_told_where_it_is_timed():
+    def launches(sample):
+        raise RuntimeError("no")
+
+    with mock.patch.dict(LAUNCHES, {"toy": launches}):
+        assert tune.compile_one("toy", "sm_90", Sample(torch.float32, {}), START) is None
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_entry_is_timed_on_what_its_kernel_serves(arch):
+    for entry in entries([arch], ""):
+        sample = tune.timed_sample(entry, torch.device("cuda:1"))
+        assert served(entry.kernel, arch, sample), entry
+        assert sample.device == "cuda:1"
+        assert tune.compiled_sample(sample).device == "cpu"
 
 
 def test_wrong_and_failing_candidates_cost_infinity():
@@ -84,19 +199,20 @@ def test_lists_are_written_as_they_are_read(arch):
     assert tune.formatted(json.loads(text)["kernels"]) == text
 
 
-def test_the_entries_found_are_written_and_the_others_kept(tmp_path):
-    def cost(kernel, sample, shipped):
-        return lambda tile: 2.0 if tile.num_warps == 8 else 3.0
-
+def tuned(cost, out, results=None, late=lambda self: False, pattern="pairwise_fwd", minutes=None):
+    """run_tune with made-up costs, what it said, and the entries that it changed."""
     said = []
     with (
         mock.patch.object(config, "architecture", return_value="sm_90"),
-        mock.patch.object(tune, "milliseconds", cost),
+        mock.patch.object(tune, "milliseconds", lambda kernel, sample, shipped: cost),
         mock.patch.object(tune, "describe_machine", return_value={"device": "a GPU", "commit": "abc"}),
+        mock.patch.object(tune.Compiler, "compile_all", lambda self, kernel, arch, sample, tiles: tiles),
+        mock.patch.object(tune.Compiler, "late", late),
     ):
-        out = tune.run_tune(
-            torch.device("cuda"), "pairwise_fwd/sm_90/bfloat16", tmp_path / "a.json", said.append
-        )
+        try:
+            tune.run_tune(torch.device("cuda"), pattern, out, results, 2, minutes, said.append)
+        except KeyboardInterrupt:
+            said.append("interrupted")
     found, before = json.loads(out.read_text())["kernels"], config.entries("sm_90")
     changed = [
         (kernel, new)
@@ -104,11 +220,82 @@ def test_the_entries_found_are_written_and_the_others_kept(tmp_path):
         for new, old in zip(entries, before[kernel], strict=True)
         if new != old
     ]
+    return said, changed
+
+
+def test_the_entries_found_are_written_and_the_others_kept(pool, tmp_path):
+    said, changed = tuned(
+        lambda tile: 2.0 if tile.num_warps == 8 else 3.0,
+        tmp_path / "a.json",
+        pattern="pairwise_fwd/sm_90/bfloat16",
+    )
     assert {(kernel, new["dtype"], new["config"]["num_warps"]) for kernel, new in changed} == {
         ("pairwise_fwd", "bfloat16", 8)
     }
     assert all(new["source"].startswith("2.0000 ms on a GPU, 20") for _, new in changed)
     assert "3.0000 -> 2.0000 ms with {" in said[0]
+
+
+def test_results_are_rows_with_what_was_before_and_after(pool, tmp_path):
+    def cost(tile):
+        return 2.0 if tile.num_warps == 8 else math.inf  # the shipped one spills
+
+    tuned(cost, tmp_path / "a.json", tmp_path / "b.json", pattern="pairwise_fwd/sm_90/bfloat16")
+    results = read_results(tmp_path / "b.json")
+    (row,) = results["rows"]
+    (entry,) = entries(["sm_90"], "pairwise_fwd/sm_90/bfloat16")
+    assert results["meta"]["device"] == "a GPU"
+    assert row == {
+        "case": "tune/pairwise_fwd/sm_90/bfloat16/Q=512,A=512,D=300",
+        "kernel": "pairwise_fwd",
+        "arch": "sm_90",
+        "dtype": "bfloat16",
+        "shape": {"Q": 512, "A": 512, "D": 300},
+        "before_ms": None,
+        "after_ms": 2.0,
+        "candidates": row["candidates"],
+        "config_before": entry.tile.options,
+        "config_after": {**entry.tile.options, "num_warps": 8},
+    }
+    assert row["candidates"] > 10
+
+
+def test_an_entry_that_nothing_was_found_for_keeps_its_source(pool, tmp_path):
+    said, changed = tuned(lambda tile: math.inf, tmp_path / "a.json")
+    assert len(said) == 3 and changed == []
+
+
+def test_a_kill_loses_one_entry(pool, tmp_path):
+    timed = []
+
+    def cost(tile):
+        timed.append(tile)
+        if len(timed) == 20:
+            raise KeyboardInterrupt
+        return 2.0 if tile == timed[0] else 3.0
+
+    said, changed = tuned(cost, tmp_path / "a.json", tmp_path / "b.json")
+    assert said[-1] == "interrupted" and len(said) == 2
+    assert [new["source"][:9] for _, new in changed] == ["2.0000 ms"]
+    assert len(read_results(tmp_path / "b.json")["rows"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_entries_that_were_not_reached_keep_their_source(pool, tmp_path):
+    timed = []
+
+    def cost(tile):
+        timed.append(tile)
+        return 3.0
+
+    said, changed = tuned(cost, tmp_path / "a.json", late=lambda self: len(timed) >= 3, minutes=0.5)
+    assert [new["source"][:9] for _, new in changed] == ["3.0000 ms"]
+    assert said[1:] == ["0.5 minutes are over: 2 of 3 entries are left as they were"]
+
+
+def test_time_for_nothing_is_an_error(pool, tmp_path):
+    with pytest.raises(ValueError, match=r"--minutes must be enough to time one configuration; got 0\.01"):
+        tuned(lambda tile: 1.0, tmp_path / "a.json", late=lambda self: True, minutes=0.01)
 
 
 @pytest.mark.parametrize("device", ["cpu", "nothing"])

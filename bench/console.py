@@ -1,0 +1,82 @@
+"""What the commands of `gatematch-bench` share: the application, options, errors of a sentence, output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+app = typer.Typer(
+    help="Benchmarks of gatematch: LSTM and pairwise attention beside PyTorch's own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Every command writes its results as JSON; tables and pictures are drawn from that."""
+
+
+Device = Annotated[str, typer.Option(help="Where to run, as torch names it: cpu, cuda, cuda:1.")]
+Gpu = Annotated[str, typer.Option(help="The GPU, as torch names it.")]
+Json = Annotated[Path | None, typer.Option(help="Results file.")]
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """A wrong file or option, or no triton, ends the command with one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def show(table: Table) -> None:
+    """A pipe has no width of its own: give the table room there."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def ready(device: str, json: Path | None) -> torch.device:
+    """The device, when it and the results file can be used."""
+    from gatematch.bench.results import writable
+
+    if json is not None:
+        writable("--json", json)
+    return usable_device(device)
+
+
+def usable_device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be one that torch can use here, as cpu; got {name!r}: {reason}"
+        ) from None
+    return device
+
+
+def save(path: Path | None, device: torch.device, rows: list[dict[str, Any]], **more: Any) -> None:
+    from gatematch.bench.results import describe_machine, write_results
+
+    if path is not None:
+        write_results(path, describe_machine(device) | more, rows)
+        typer.echo(f"results: {path}")

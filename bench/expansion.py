@@ -1,0 +1,235 @@
+"""How exact d² = ||x||² + ||y||² - 2 x·y is on this GPU's tensor cores: `gatematch-bench expansion`.
+
+kernels/distance.py takes a distance from that expansion where d² >= TAU (||x||² + ||y||²), and an error of
+c ε (||x||² + ||y||²) in d² leaves c ε / (8 TAU) in S = 1 / (1 + d). How large c is depends on how tensor
+cores add up, which no data sheet says. It is measured here, for every way in which the kernels multiply rows:
+
+    float32, bfloat16, float16             tiles of pairwise_attention; float32 in three passes of TF32
+    tf32                                   the same with precision "tf32", of rows that TF32 holds
+    bfloat16 centred, float16 centred      rows less a centre, which are multiplied in TF32; of a centre of 0
+    ... streamed                           tiles of pairwise_attend and pairwise_sums, from prepared copies
+
+The functions that compute a tile are the kernels' own, in the kernels' own configurations. Rows are such that
+none is rounded before it is multiplied: what that would do to S is no error of the expansion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from gatematch.kernels import config
+from gatematch.kernels.distance import TAU, expand, is_near
+from gatematch.kernels.launch import obstacle, product_precision
+from gatematch.kernels.pairwise_prepare import FEATURES, ROWS, padded, prepare, tile_distances
+
+SIZES = (9, 16, 50, 64, 128, 300, 768, 1024, 2048, 4096)
+TILES = 256
+WORDS = 7  # odd: evenly spaced rows, as kernels look at for an offset, are of many words
+# S is most sensitive at d = 1, where norms are 2 for a pair on the border of near and far.
+NORMS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 16.0, 1024.0)
+EPS = 2.0**-24
+BOUND = 1e-6
+
+
+@triton.jit(do_not_specialize=["D"])
+def expanded(
+    x_ptr, y_ptr, centre_ptr, squares_ptr, d2_ptr, near_ptr, s_ptr, D,
+    PREC: tl.constexpr, CENTRED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile as in pairwise_fwd, of x (tiles, BLOCK_M, D), y (tiles, BLOCK_N, D) and a row as the centre."""
+    tile = tl.program_id(0).to(tl.int64)
+    at = tile * BLOCK_M * BLOCK_N + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    squares, d2 = expand(
+        x_ptr + tile * BLOCK_M * D, y_ptr + tile * BLOCK_N * D, centre_ptr,
+        BLOCK_M, BLOCK_N, BLOCK_N, D, D, D, 0, PREC, CENTRED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    tl.store(squares_ptr + at, squares)
+    tl.store(d2_ptr + at, d2)
+    tl.store(near_ptr + at, is_near(d2, squares, at >= 0).to(tl.int8))
+    tl.store(s_ptr + at, (1.0 / (1.0 + tl.sqrt(d2))).to(s_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["D"])
+def expanded_stream(
+    x_ptr, y_ptr, x_copy_ptr, y_copy_ptr, x_squares_ptr, y_squares_ptr, d_ptr, near_ptr, s_ptr, D,
+    PREC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile as in the streaming kernels, from the copies of both sides, of up to ROWS rows each."""
+    tile = tl.program_id(0).to(tl.int64)
+    at = tile * BLOCK_M * BLOCK_N + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    features = padded(D, FEATURES)
+    d, near, _ = tile_distances(
+        x_ptr + tile * BLOCK_M * D, y_ptr + tile * BLOCK_N * D, x_copy_ptr + tile * ROWS * features,
+        y_copy_ptr + tile * ROWS * features, x_squares_ptr + tile * ROWS, y_squares_ptr + tile * ROWS,
+        BLOCK_M, BLOCK_N, D, features.to(tl.int32), D, D, PREC, False, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    tl.store(d_ptr + at, d)
+    tl.store(near_ptr + at, near.to(tl.int8))
+    tl.store(s_ptr + at, (1.0 / (1.0 + d)).to(s_ptr.dtype.element_ty))
+
+
+class Path(NamedTuple):
+    """A way in which tensor cores are given rows, and the largest error of S that is allowed there."""
+
+    name: str
+    dtype: torch.dtype
+    bound: float
+    precision: str = "float32"
+    variant: str = ""
+
+    @property
+    def kernel(self) -> str:
+        """The one whose configuration is taken."""
+        return "pairwise_stream_fwd" if self.variant == "streamed" else "pairwise_fwd"
+
+
+def paths() -> Iterator[Path]:
+    """All of them. Where more than the expansion rounds, half a unit of numbers up to 1 is allowed on top."""
+    for name, dtype, unit in (
+        ("float32", torch.float32, 0.0),
+        ("tf32", torch.float32, 2.0**-11),
+        ("bfloat16", torch.bfloat16, 2.0**-8),
+        ("float16", torch.float16, 2.0**-11),
+    ):
+        precision = "tf32" if name == "tf32" else "float32"
+        for variant in ("", "streamed") if dtype == torch.float32 else ("", "centred", "streamed"):
+            yield Path(f"{name} {variant}".rstrip(), dtype, BOUND + unit / 2, precision, variant)
+
+
+def close_rows(tiles: int, M: int, N: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x (tiles, M, D) and y (tiles, N, D), float32, one of NORMS in each tile.
+
+    Each row is one of a few words, of which a random share of 0 to 1 is replaced by noise. d² is 0 to 1 times
+    the sum of the squares in pairs of the same word, and about 1 times in others. Products of close rows have
+    the same sign: their sums grow without cancelling. The words are enough that rows have no common offset.
+    """
+    words = torch.randn(tiles, WORDS, D, device=device)
+    norms = torch.tensor(NORMS, device=device).repeat(tiles)[:tiles, None, None]
+
+    def rows(number: int) -> Tensor:
+        share = torch.rand(tiles, number, 1, device=device) ** 2
+        share[:, ::4] = 0.0
+        word = words[:, torch.arange(number, device=device) % WORDS]
+        mixed = (1 - share).sqrt() * word + share.sqrt() * torch.randn_like(word)
+        return mixed * norms / D**0.5
+
+    return rows(M), rows(N)
+
+
+class Tiles(NamedTuple):
+    """What the kernels make of tiles, (tiles, M, N) each: S is rounded as it is stored."""
+
+    squares: Tensor
+    d2: Tensor
+    near: Tensor
+    S: Tensor
+
+
+def tiles_of(path: Path, x: Tensor, y: Tensor, tile: config.Config) -> Tiles:
+    """x and y, of the path's dtype, by its kernel.
+
+    Streamed tiles give d alone: d² has the rounding of the root, too, and counts as 0 where it was negative.
+    """
+    (tiles, M, D), N = x.shape, y.shape[1]
+    PREC = product_precision(path.dtype, path.precision, config.architecture(x.device))
+    blocks = {name: tile.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    options = {**blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages, "PREC": PREC}
+    d2 = x.new_empty(tiles, M, N, dtype=torch.float32)
+    near = x.new_empty(tiles, M, N, dtype=torch.int8)
+    S = x.new_empty(tiles, M, N)
+    with torch.cuda.device_of(x):
+        if path.variant == "streamed":
+            x_side, y_side = prepare(x, y, None, None, path.precision)
+            expanded_stream[(tiles,)](
+                x, y, x_side.copy, y_side.copy, x_side.squares, y_side.squares, d2, near, S, D, **options
+            )
+            squares = x_side.squares[:, :M, None] + y_side.squares[:, None, :N]
+            return Tiles(squares, d2.nan_to_num(0.0).double().square(), near.bool(), S)
+        squares = torch.empty_like(d2)
+        centre = x.new_zeros(D)
+        centred = path.variant == "centred"
+        expanded[(tiles,)](x, y, centre, squares, d2, near, S, D, CENTRED=centred, **options)
+    return Tiles(squares, d2.double(), near.bool(), S)
+
+
+def measure(path: Path, D: int, tiles: int, device: torch.device) -> dict[str, Any]:
+    """A row: c, the error of S that it leaves, the largest one among far pairs, the TAU that 1e-6 needs."""
+    shape = {"Q": 512, "A": 512, "M": 512, "N": 512, "D": D, "V": D}
+    tile = config.choose(path.kernel, config.architecture(device), path.dtype, shape)
+    x, y = close_rows(tiles, tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"], D, device)
+    if path.precision == "tf32":
+        x, y = x.half().float(), y.half().float()  # float16 has the digits of TF32
+    x, y = x.to(path.dtype), y.to(path.dtype)
+    got = tiles_of(path, x, y, tile)
+    d = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    c = float(((got.d2 - d.square()).abs() / (EPS * got.squares)).max())
+    errors = (got.S - 1 / (1 + d)).abs()[~got.near]
+    return {
+        "case": f"expansion/{path.name}/D {D}",
+        "path": path.name,
+        "D": D,
+        "far": errors.numel(),
+        "near": int(got.near.sum()),
+        "c": c,
+        "tau": TAU.value,
+        "left": c * EPS / (8 * TAU.value),
+        "error": float(errors.max()),
+        "bound": path.bound,
+        "tau_needed": c * EPS / (8 * BOUND),
+    }
+
+
+def run_expansion(device: torch.device) -> list[dict[str, Any]]:
+    """A row for every path and number of features, of fresh rows each.
+
+    Raises:
+        ValueError: the device is no GPU, and Triton does not interpret kernels.
+    """
+    if (reason := obstacle(torch.empty(0, device=device))) is not None:
+        raise ValueError(f"--device must be a GPU, for expansion measures its tensor cores: {reason}")
+    torch.manual_seed(0)
+    chosen = [(path, D) for path in paths() for D in SIZES]
+    return [measure(*each, TILES, device) for each in track(chosen, description="expansion", transient=True)]
+
+
+def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows past their bound, by what c leaves or by what was seen; a NaN is past every bound."""
+    return [row for row in rows if not (row["left"] <= row["bound"] and row["error"] <= row["bound"])]
+
+
+def expansion_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"expansion: the error of d² and of S, with TAU = {TAU.value:g}")
+    for column in ("path", "D", "c", "left in S", "error of S", "bound", "TAU for 1e-6"):
+        table.add_column(column, justify="left" if column == "path" else "right")
+    bad = failed(rows)
+    for row in rows:
+        table.add_row(
+            row["path"],
+            str(row["D"]),
+            f"{row['c']:.1f}",
+            *(f"{row[key]:.1e}" for key in ("left", "error", "bound")),
+            f"{row['tau_needed']:.3f}",
+            style="bold red" if row in bad else None,
+        )
+    return table
+
+
+def expansion_summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The largest c of each path, and the TAU that it needs."""
+    lines = []
+    for path in dict.fromkeys(row["path"] for row in rows):
+        worst = max((row for row in rows if row["path"] == path), key=lambda row: row["c"])
+        lines.append(
+            f"{path}: c up to {worst['c']:.1f} (D {worst['D']}), an error of 1e-6 in S needs TAU"
+            f" {worst['tau_needed']:.3f}"
+        )
+    return lines

@@ -1,0 +1,485 @@
+"""`gatematch-bench gpu` without a GPU: its stages are small programs, and compute-sanitizer is a script."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+from gatematch.bench import __main__ as command
+from gatematch.bench import compute_sanitizer, console, gpu, planted, results, sanitized
+from gatematch.bench.kernels import compiled
+from gatematch.bench.launches import LAUNCHES
+
+CPU = torch.device("cpu")
+TESTS = Path(__file__).with_name("test_gpu.py")
+# Programs of stages: one writes results, the other what pytest would.
+ROWS = """import sys; open(sys.argv[1], "w").write('{"meta": {}, "rows": [{"case": "x"}, {"case": "y"}]}')"""
+JUNIT = """import sys; open(sys.argv[2], "w").write('<testsuites><testsuite>%s</testsuite></testsuites>')"""
+GOOD = '<testcase name="test_a[1]"/><testcase name="test_a[2]"/>'
+BAD = '<testcase name="test_c"><failure/></testcase><testcase name="test_d"><error/></testcase>'
+SKIPPED = '<testcase name="test_b"><skipped/></testcase>'
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    """Makes stages of programs: they get the names of their files of results and of tests."""
+
+    def make(**programs):
+        made = {}
+        for name, program in programs.items():
+            path = tmp_path / f"{name}.py"
+            path.write_text(program)
+            made[name] = ("-I", "-S", str(path), "{results}", "{junit}")
+        monkeypatch.setattr(gpu, "STAGES", made)
+        return tmp_path / "gpu.json"
+
+    return make
+
+
+def run(path, *names, limit=60):
+    return gpu.run_gpu(CPU, names, path, limit, TESTS)
+
+
+def test_what_becomes_of_a_stage(stages, capfdbinary):
+    path = stages(
+        tests=f"{JUNIT % (GOOD + SKIPPED)}; print('3 in one second')",
+        failing=f"{JUNIT % (GOOD + BAD)}; sys.exit(1)",
+        rows=f"{ROWS}; print('table'); print('results: x.json')",
+        sentence=f"{ROWS}; print('results: x.json'); print('all 2 within their bounds')",
+        bad=f"{ROWS}; print('table'); sys.exit('1 of 2 are past their bound')",
+        lacking=f"print('no such tool'); raise SystemExit({compute_sanitizer.UNAVAILABLE})",
+        crashing="raise RuntimeError('device lost')",
+        killed="import os; print('before', flush=True); os.kill(os.getpid(), 11)",
+        silent="print('done')",
+        skipping=f"{JUNIT % SKIPPED}; print('1 skipped in one second')",
+    )
+    rows = run(path)
+    assert {row["stage"]: (row["status"], row["what"], row.get("reason")) for row in rows} == {
+        "tests": ("passed", "2 passed, 1 skipped", None),
+        "failing": ("failed", "2 passed, 2 failed", "test_c, test_d"),
+        "rows": ("passed", "2 rows", None),
+        "sentence": ("passed", "all 2 within their bounds", None),
+        "bad": ("failed", "2 rows", "exit code 1: 1 of 2 are past their bound"),
+        "lacking": ("not available", "", "no such tool"),
+        "crashing": ("failed", "", "exit code 1: RuntimeError: device lost"),
+        "killed": ("failed", "", "ended by SIGSEGV: before"),
+        "silent": ("failed", "", "exit code 0: done"),
+        "skipping": ("failed", "1 skipped", "exit code 0: 1 skipped in one second"),
+    }
+    bad = [row["stage"] for row in gpu.failed(rows)]
+    assert bad == ["failing", "bad", "crashing", "killed", "silent", "skipping"]
+    written = results.read_results(path)
+    assert written["meta"]["arch"] == "sm_90" and written["meta"]["torch"] == torch.__version__
+    first = [(row["stage"], row["case"]) for row in written["rows"]][:5]
+    assert first == [
+        ("tests", "gpu/tests"),
+        ("failing", "gpu/failing"),
+        ("rows", "gpu/rows"),
+        ("rows", "x"),
+        ("rows", "y"),
+    ]
+    assert written["rows"][1]["failed_tests"] == ["test_c", "test_d"] and written["rows"][2]["rows"] == 2
+    assert path.with_name("gpu-rows.log").read_text() == "table\nresults: x.json\n"
+    shown = capfdbinary.readouterr().out
+    assert b"== rows, stage 3 of 10\ntable\nresults: x.json\n==" in shown and b"device lost" in shown
+    cells = list(gpu.gpu_table(rows).columns[3].cells)
+    assert cells[:2] == ["2 passed, 1 skipped", "2 passed, 2 failed: test_c, test_d"]
+
+
+def test_many_failed_tests_are_counted():
+    failed = [f"t{n}" for n in range(8)]
+    assert gpu._reason(1, {"failed_tests": failed}, "", 1) == "t0, t1, t2, t3, t4, and 3 more"
+
+
+def test_the_file_is_written_after_every_stage_and_by_later_calls(stages, tmp_path, monkeypatch):
+    path = stages(a=ROWS, b=f"print(open({str(tmp_path / 'gpu.json')!r}).read()); {ROWS}", c=ROWS)
+    run(path)
+    seen = json.loads((tmp_path / "gpu-b.log").read_text())
+    assert [row["case"] for row in seen["rows"]] == ["gpu/a", "x", "y"]
+    before = results.read_results(path)["rows"]
+    (tmp_path / "c.py").write_text("raise SystemExit(3)")
+    assert [row["stage"] for row in run(path, "c")] == ["c"]
+    *others, last = results.read_results(path)["rows"]
+    assert others == before[:6] and last["status"] == "failed" and "rows" not in last
+    another = results.describe_machine(CPU) | {"commit": "another"}
+    monkeypatch.setattr(gpu, "describe_machine", lambda device: another)
+    run(path, "b")
+    assert {row["stage"] for row in results.read_results(path)["rows"]} == {"b"}
+
+
+HANGING = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+alive = open({pipe!r}, "wb", buffering=0)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=[alive.fileno()])
+alive.write(b"started")
+time.sleep(600)
+"""
+
+
+def test_a_stage_that_hangs_is_ended_with_all_that_it_started(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    hanging, after = run(stages(hanging=HANGING.format(pipe=pipe), after=ROWS), limit=3)
+    assert (hanging["status"], hanging["reason"]) == ("timed out", "stopped after 3 s")
+    assert after["status"] == "passed"
+    assert os.read(reader, 100) == b"started"
+    assert os.read(reader, 100) == b"", "nobody holds the other end"
+    os.close(reader)
+
+
+def test_a_stage_that_ends_when_it_is_asked_to_keeps_what_it_has(stages):
+    slow = f"import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    {ROWS}\n    raise"
+    path = stages(slow=slow)
+    (row,) = run(path, limit=3)
+    assert (row["status"], row["what"], row["rows"]) == ("timed out", "2 rows", 2)
+    assert len(results.read_results(path)["rows"]) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_being_told_to_end_ends_the_stage_too(number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, gpu._nothing_left_behind():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number and signal.getsignal(number) == before
+
+
+# --- the stages themselves ---
+
+
+def test_nothing_is_compiled_ahead_for_an_architecture_without_a_list(tmp_path):
+    (row,) = gpu.run_stage("compile", "sm_103", tmp_path / "gpu.json", 60, TESTS)
+    assert row["status"] == "not available" and "sm_90" in row["reason"] and "this is sm_103" in row["reason"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_are_commands_that_exist():
+    commands = typer.main.get_command(command.app).commands
+    for _, module, *arguments in gpu.STAGES.values():
+        if module == "gatematch.bench":
+            name, *options = (word.format(arch="sm_90", results="x.json") for word in arguments)
+            assert commands[name].make_context(name, options).params["json"] == Path("x.json")
+
+
+def test_every_case_of_speed_is_in_one_stage():
+    speed = [words for name, words in gpu.STAGES.items() if name.startswith("speed-")]
+    filters = [words[words.index("--filter") + 1] for words in speed]
+    dtypes = ("bfloat16", "float16", "tf32", "float32")
+    for name, dtype in itertools.product(("pairwise/sentences-300 text", "lstm/train-512 random"), dtypes):
+        assert sum(re.search(pattern, f"{name} {dtype}") is not None for pattern in filters) == 1
+
+
+SOME_TESTS = """
+import time, pytest
+pytestmark = pytest.mark.gpu
+def test_right(): pass
+def test_wrong(): assert False
+def test_other(): pytest.skip("not here")
+def test_gives_the_same_bits(): time.sleep(1.5)
+"""
+
+
+def test_stages_of_tests_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PATIENCE", 0.5)
+    path = tmp_path / "test_some.py"
+    path.write_text(SOME_TESTS)
+    (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path)
+    (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path)
+    assert (others["what"], others["reason"]) == ("1 passed, 1 failed, 1 skipped", "test_wrong")
+    assert (same["status"], same["what"]) == ("passed", "1 passed")
+    log = (tmp_path / "gpu-determinism.log").read_text()
+    assert "in test_gives_the_same_bits" in log, "where it is after so long"
+
+
+LOSING = """
+import pytest, torch
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("n", range(20))
+def test_some(n):
+    torch.lost = torch.lost or n == 3
+    torch.cuda.synchronize()
+@pytest.mark.parametrize("n", range(3))
+def test_gives_the_same_bits(n):
+    test_some(n + 2)
+"""
+TORCH = """
+class cuda:
+    is_initialized = is_available = lambda: True
+    def synchronize():
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+lost, manual_seed = False, print
+"""
+
+
+def test_a_process_that_loses_the_device_takes_no_other_tests_with_it(tmp_path):
+    (tmp_path / "conftest.py").write_text(TESTS.with_name("conftest.py").read_text())
+    (tmp_path / "torch.py").write_text(TORCH)  # in the place of the other, beside conftest.py
+    path = tmp_path / "test_losing.py"
+    path.write_text(LOSING)
+    (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path)
+    (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path)
+    assert (others["passed"], others["failed_tests"]) == (19, ["test_some[3]"])
+    assert (same["status"], same["passed"], same["failed"]) == ("failed", 1, 1)
+    assert "the CUDA device is lost: an illegal" in (tmp_path / "gpu-determinism.log").read_text()
+
+
+WITHOUT = """
+import importlib, sys
+for name in "scipy matplotlib expecttest hypothesis keras onnx bm25s chatterbot_corpus yaml".split():
+    sys.modules[name] = None
+for name in "gpu kernels compute_sanitizer sanitized planted check expansion barrier speed".split():
+    importlib.import_module(f"gatematch.bench.{name}")
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", sys.argv[1]]))
+"""
+
+
+def test_the_stages_import_only_what_such_a_machine_has():
+    child = subprocess.run(
+        [sys.executable, "-c", WITHOUT, TESTS],
+        cwd=TESTS.parents[1],
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0 and "::test_lstm_cell" in child.stdout, child.stdout + child.stderr
+
+
+# --- the command ---
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(command.app, ["gpu", *map(str, arguments)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_machine_without_cuda_is_told_in_a_sentence(tmp_path):
+    result = invoke("--json", tmp_path / "gpu.json")
+    assert result.exit_code == 2 and "device must be one that torch can use here" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(console, "usable_device", lambda name: CPU)
+
+
+def test_wrong_options(on_cpu, tmp_path):
+    for arguments, words in (
+        (("--stage", "test"), "--stage must be of compile, tests, sanitizer"),
+        (("--tests", tmp_path / "none.py"), "--tests must be a file of tests"),
+        (("--json", tmp_path), "--json must be a file"),
+    ):
+        result = invoke("--json", tmp_path / "gpu.json", *arguments)
+        assert result.exit_code == 2 and words in result.output, result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exit_code_is_that_of_the_worst_stage(on_cpu, stages):
+    lacking = f"print('no tool'); raise SystemExit({compute_sanitizer.UNAVAILABLE})"
+    path = stages(good=ROWS, lacking=lacking, bad="1/0")
+    result = invoke("--json", path, "--stage", "lacking", "--stage", "good", "--tests", TESTS)
+    assert result.exit_code == 0 and f"results: {path}" in result.output
+    assert re.search(r"good +│ passed +│ +\d+ │ 2 rows", result.output), result.output
+    assert re.search(r"lacking +│ not available +│ +\d+ │ no tool", result.output)
+    result = invoke("--json", path, "--tests", TESTS)
+    assert result.exit_code == 1 and "ZeroDivisionError" in result.output
+
+
+def test_the_commit_is_named_where_there_is_no_repository(tmp_path, monkeypatch):
+    def commit():
+        return results.describe_machine(CPU)["commit"]
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('name = "gatematch"')
+    monkeypatch.delenv("GATEMATCH_COMMIT", raising=False)
+    assert commit() is None
+    monkeypatch.setenv("GATEMATCH_COMMIT", "0123456789ab of an archive")
+    assert commit() == "0123456789ab of an archive"
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{12}\+", commit())
+
+
+# --- compute-sanitizer ---
+
+SEES = {
+    "memcheck": """\
+========= Invalid __global__ write of size 4 bytes
+=========     at planted_store+0x70 in planted.py:17
+=========     by thread (0,0,0) in block (0,0,0)
+=========
+========= ERROR SUMMARY: 1 error
+""",
+    "racecheck": """\
+========= Error: Race reported between Write access at planted_race+0xc0 in planted.py:25
+=========     and Read access at planted_race+0xd0 in planted.py:25 [508 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+""",
+}
+CLEAN = {
+    "memcheck": "========= ERROR SUMMARY: 0 errors\n",
+    "racecheck": "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n",
+}
+FINDS = {
+    "memcheck": """\
+========= Invalid __global__ read of size 16 bytes
+=========     at pairwise_fwd+0xec0 in pairwise.py:43
+=========     by thread (18,0,0) in block (0,0,0)
+=========
+========= ERROR SUMMARY: 12 errors
+""",
+    "racecheck": """\
+========= Warning: Race reported between Write access at lstm_step_fwd+0xb0
+=========     and Read access at lstm_step_fwd+0xd0 [9 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)
+""",
+}
+REFUSES = """\
+========= Error: Device not supported. Please refer to the "Supported Devices" section
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+CRASH = "RuntimeError: out of memory\n"
+
+
+@pytest.fixture
+def sanitizer(tmp_path, monkeypatch, capfd):
+    """Runs a compute-sanitizer that says what it is told to of the planted errors, and of the kernels.
+
+    Returns:
+        Exit code, last line, rows.
+    """
+
+    def run(planted, kernels, kernels_code=0):
+        for program, said in (("planted", planted), ("kernels", kernels)):
+            for tool, words in said.items():
+                (tmp_path / f"{tool}-{program}").write_text("========= COMPUTE-SANITIZER\n" + words)
+        script = tmp_path / "compute-sanitizer"
+        script.write_text(f"""#!/bin/sh
+cd {tmp_path}
+case "$*" in
+    --version) printf 'NVIDIA (R) Compute Sanitizer\\nVersion 2025.3.1.0\\n' ;;
+    *bench.planted*) cat "$2-planted" ;;
+    *) cat "$2-kernels"; echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >"$2-arguments"; exit {kernels_code} ;;
+esac
+""")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        code = compute_sanitizer.main(tmp_path / "sanitizer.json", CPU)
+        rows = results.read_results(tmp_path / "sanitizer.json")["rows"]
+        return code, capfd.readouterr().out.splitlines()[-1], rows
+
+    return run
+
+
+def test_a_sanitizer_that_finds_nothing(sanitizer, tmp_path):
+    code, said, rows = sanitizer(SEES, CLEAN)
+    assert (code, said) == (0, "memcheck 0 errors, racecheck 0 hazards")
+    found = {"status": "passed", "hazards": 0, "errors": 0, "warnings": 0}
+    assert rows[1] == {"case": "sanitizer/racecheck", **found, "version": "Version 2025.3.1.0"}
+    memcheck, racecheck = ((tmp_path / f"{tool}-arguments").read_text() for tool in SEES)
+    program = f"{sys.executable} -m gatematch.bench.sanitized\n"
+    assert all(words.startswith("1 --tool ") and words.endswith(program) for words in (memcheck, racecheck))
+    assert "--padding" in memcheck and "--padding" not in racecheck
+
+
+def test_a_sanitizer_that_finds_something(sanitizer):
+    code, said, rows = sanitizer(SEES, FINDS)
+    assert code == 1 and [row["status"] for row in rows] == ["failed", "failed"]
+    assert said == (
+        "memcheck 12 errors: Invalid __global__ read of size 16 bytes at pairwise_fwd+0xec0 in pairwise.py:43"
+        ", racecheck 1 hazards: Warning: Race reported between Write access at lstm_step_fwd+0xb0 "
+        "and Read access at lstm_step_fwd+0xd0 [9 hazards]"
+    )
+    assert (rows[1]["errors"], rows[1]["warnings"]) == (0, 1)
+
+
+def test_a_program_that_fails_under_the_sanitizer_has_not_passed(sanitizer):
+    lost = CRASH + "========= Error: connection lost\n"
+    code, said, rows = sanitizer(SEES, {"memcheck": CLEAN["memcheck"] + CRASH, "racecheck": lost}, 1)
+    assert code == 1 and [row["status"] for row in rows] == ["failed", "failed"]
+    assert said == (
+        "memcheck 0 errors: exit code 1: RuntimeError: out of memory, "
+        "racecheck ? hazards: exit code 1: Error: connection lost"
+    )
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        (dict.fromkeys(SEES, REFUSES), "Error: Device not supported. Please refer to"),
+        (CLEAN, "ERROR SUMMARY: 0 errors"),
+        (dict.fromkeys(SEES, ""), "exit code 0"),
+    ],
+    ids=["refuses", "blind", "silent"],
+)
+def test_a_sanitizer_that_sees_no_planted_error_says_nothing_of_the_kernels(sanitizer, planted, words):
+    code, said, rows = sanitizer(planted, CLEAN)
+    assert code == compute_sanitizer.UNAVAILABLE
+    assert [row["status"] for row in rows] == ["not available", "not available"]
+    assert said.startswith(f"memcheck not available, does not see a planted error: {words}")
+
+
+def test_one_tool_of_the_sanitizer_is_enough(sanitizer):
+    code, said, _ = sanitizer(SEES | {"racecheck": CLEAN["racecheck"]}, CLEAN)
+    assert code == 0 and said.startswith("memcheck 0 errors, racecheck not available, does not see a planted")
+
+
+def test_no_sanitizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compute_sanitizer, "TOOLKIT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code = compute_sanitizer.main(tmp_path / "sanitizer.json", CPU)
+    assert code == compute_sanitizer.UNAVAILABLE and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == f"compute-sanitizer is not on the PATH, in {tmp_path} or beside nvcc\n"
+    nvcc = tmp_path / "toolkit" / "nvcc"
+    nvcc.parent.mkdir()
+    for path in (nvcc, nvcc.with_name("compute-sanitizer")):
+        path.touch(mode=0o755)
+    (tmp_path / "nvcc").symlink_to(nvcc)
+    assert compute_sanitizer.find() == str(nvcc.with_name("compute-sanitizer"))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_every_kernel_is_watched(arch, monkeypatch):
+    launched = {}
+
+    def run(self, *args, **kwargs):
+        launched.setdefault(self.fn.__name__, set()).add(sample.dtype)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    for kernel, sample in sanitized.cases(arch, "cpu"):
+        LAUNCHES[kernel](sample)()
+    only_hopper = {"lstm_cluster_fwd"} if arch != "sm_90" else set()
+    assert launched.keys() == LAUNCHES.keys() - only_hopper
+    assert all(dtypes == set(sanitized.DTYPES) for dtypes in launched.values())
+    watched = [word.removeprefix("kns=") for word in compute_sanitizer.KERNELS[1::2]]
+    names = [*launched, "planted_store", "planted_race"]
+    assert all(any(part in name for part in watched) for name in names)
+
+
+def test_planted_errors_compile_to_what_they_are():
+    (store,) = compiled("planted_store", "sm_90", lambda: planted.memcheck("cpu"))
+    (race,) = compiled("planted_race", "sm_90", lambda: planted.racecheck("cpu"))
+    assert [binary.metadata.name for binary in (store, race)] == ["planted_store", "planted_race"]
+    assert re.search(r"add\.s64\s.*, 4096;.*st\.global", store.asm["ptx"], re.S), store.asm["ptx"]
+    assert re.search(r"st\.volatile\.shared.*ld\.volatile\.shared", race.asm["ptx"], re.S)
+    assert "bar.sync" not in race.asm["ptx"] and race.metadata.num_warps > 1
