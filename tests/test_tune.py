@@ -298,6 +298,15 @@ def test_time_for_nothing_is_an_error(pool, tmp_path):
         tuned(lambda tile: 1.0, tmp_path / "a.json", late=lambda self: True, minutes=0.01)
 
 
+def test_the_command_hands_on_its_options(tmp_path):
+    path = tmp_path / "tune.json"
+    options = ["--device", "cpu", "--filter", "lstm", "--json", str(path), "--jobs", "2", "--minutes", "1.5"]
+    with mock.patch("gatematch.bench.tune.run_tune", return_value="a.json") as run:
+        result = CliRunner().invoke(app, ["tune", *options])
+    assert run.call_args.args[:-1] == (torch.device("cpu"), "lstm", None, path, 2, 1.5)
+    assert result.output.splitlines() == ["configurations: a.json", f"results: {path}"]
+
+
 @pytest.mark.parametrize("device", ["cpu", "nothing"])
 def test_a_gpu_is_needed(device):
     result = CliRunner().invoke(app, ["tune", "--device", device])
