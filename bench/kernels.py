@@ -102,8 +102,9 @@ def run_kernels(archs: list[str], pattern: str = "", jobs: int = 1) -> list[dict
             stack.callback(stop, pool)
             each = pool.map
         found = each(kernel_rows, *zip(*launches, strict=True))
+        # Two shapes may share a configuration, and one case be two programs, by the dtype of what they store.
         rows = {
-            row["case"]: row  # two shapes may share a configuration
+            repr(row): row
             for of_launch in track(found, "kernels", len(launches), transient=True)
             for row in of_launch
         }

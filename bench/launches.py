@@ -66,6 +66,9 @@ class Sample:
         return torch.full((self.batch,), self.shape[letter], device=self.device)
 
 
+_LARGE_BATCH = 64
+
+
 def samples(kernel: str, dtype: torch.dtype, shape: Mapping[str, int]) -> Iterator[Sample]:
     """Inputs that between them reach every branch which a kernel decides at compile time."""
     if "H" in shape:
@@ -84,6 +87,10 @@ def samples(kernel: str, dtype: torch.dtype, shape: Mapping[str, int]) -> Iterat
     yield Sample(dtype, shape, 7, V)  # few features: no product of q and a
     if dtype == torch.float32:
         yield Sample(dtype, shape, D, V, precision="tf32")
+    if kernel == "pairwise_stream_fwd":
+        # Enough programs without splitting a row's columns among several: O is stored as it is returned.
+        yield Sample(dtype, shape, D, V, batch=_LARGE_BATCH)
+        yield Sample(dtype, shape, D, V, batch=_LARGE_BATCH, training=False, with_lengths=False)
 
 
 Launch = Callable[[], tuple[Tensor | None, ...]]
