@@ -87,7 +87,6 @@ GPU_CASES = [
     *_gpu_pairwise("long", 8, 8192, 128, "offset"),
     *_gpu_pairwise("documents-300", 64, 512, 300, timings=_BOTH),
     *_gpu_pairwise("documents-300", 64, 512, 300, "text"),
-    *_gpu_pairwise("documents-300", 64, 512, 300, "offset"),
     *_gpu_pairwise("sentences-300", 4096, 40, 300, timings=_BOTH),
     *_gpu_pairwise("sentences-300", 4096, 40, 300, "text", timings=_BOTH),
     *_gpu_pairwise("points", 8, 4096, 3),
@@ -114,7 +113,8 @@ GPU_CASES = [
         for B in (1, 8, 64)
         for case in _gpu_lstm("decode", 1, B, H, timings=("warm", "graph"))
     ),
-    *_gpu_lstm("loop", 64, 16, 256, compiled=True),
+    # The TF32 switch of torch.nn.LSTM is not that of the loop's products.
+    *(case for case in _gpu_lstm("loop", 64, 16, 256, compiled=True) if case.precision == "ieee"),
     *(
         Case(
             "lstm/answer-matcher",

@@ -69,19 +69,28 @@ def _row(
     """Compare outputs and the gradients w.r.t. `inputs`; `exact` gets them in float64."""
     mine = [tensor.detach().requires_grad_() for tensor in inputs]
     true = [tensor.detach().double().requires_grad_() for tensor in exact_inputs or inputs]
-    got, want = ours(*mine), exact(*true)
-    upstream = [torch.randn_like(y) for y in got]
-    grads = torch.autograd.grad(got, mine, upstream)
-    true_grads = torch.autograd.grad(want, true, [g.double() for g in upstream])
-    return {
+    row = {
         "case": case,
         "setting": setting,
         "dtype": str(dtype).removeprefix("torch."),
-        "error": largest(_error(x, y, absolute) for x, y in zip(got, want, strict=True)),
         "bound": bounds[0],
-        "gradient_error": largest(_error(x, y, False) for x, y in zip(grads, true_grads, strict=True)),
         "gradient_bound": bounds[1],
     }
+    try:
+        got, want = ours(*mine), exact(*true)
+        upstream = [torch.randn_like(y) for y in got]
+        grads = torch.autograd.grad(got, mine, upstream)
+        true_grads = torch.autograd.grad(want, true, [g.double() for g in upstream])
+        return row | {
+            "error": largest(_error(x, y, absolute) for x, y in zip(got, want, strict=True)),
+            "gradient_error": largest(_error(x, y, False) for x, y in zip(grads, true_grads, strict=True)),
+        }
+    except Exception as failure:
+        if not inputs[0].is_cuda:
+            raise
+        # A kernel that cannot be compiled or launched is no reason to lose the other rows.
+        nan = float("nan")
+        return row | {"error": nan, "gradient_error": nan, "reason": f"{type(failure).__name__}: {failure}"}
 
 
 def largest(errors: Iterable[float]) -> float:

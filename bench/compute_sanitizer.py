@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from gatematch.kernels.config import architecture
+
 from .results import describe_machine, write_results
+from .sanitized import compile_all
 
 # The exit code of a program that this machine has no means for: EX_UNAVAILABLE of sysexits.h.
 UNAVAILABLE = 69
@@ -140,8 +143,10 @@ def main(results: Path, device: torch.device) -> int:
         return UNAVAILABLE
     version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.strip()
     rows: list[dict[str, Any]] = []
+    compile_all(architecture(device))
     for tool in TOOLS:
         rows.append({**run_tool(path, tool), "version": version.rpartition("\n")[2]})
+        print(summary(rows[-1]), flush=True)
         write_results(results, describe_machine(device), rows)
     print(", ".join(map(summary, rows)))
     statuses = {row["status"] for row in rows}

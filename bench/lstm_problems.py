@@ -61,6 +61,7 @@ def lstm_problem(case: Case, device: torch.device, compiled: bool) -> Problem:
         exact=lambda: packed(exact, x64),
         exact_wrt=[x64, *exact.parameters()],
         skipped=skipped,
+        modules=(peer,),
         **_bounds(case),
     )
 
@@ -139,6 +140,7 @@ def _matcher_problem(case: Case, device: torch.device) -> Problem:
         peers={"torch's pieces": step_of(peer)},
         exact=of_exact,
         exact_wrt=exact_wrt,
+        modules=(peer,),
         **_bounds(case),
     )
 

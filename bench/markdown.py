@@ -113,17 +113,17 @@ def _speed(rows: list[dict[str, Any]]) -> str:
 def _classes(rows: list[dict[str, Any]]) -> str:
     """Of a GPU: a line for each class and peer."""
     lines = [
-        "| case | dtype | pass | timing | beside | rows | mean | worst | in | of the floor |",
-        "|---|---|---|---|---|---:|---:|---:|---|---:|",
+        "| case | dtype | pass | timing | beside | rows | wrong | mean | worst | in | of the floor |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---|---:|",
     ]
     for members in classes(rows):
         share = "" if members.share is None else f"{members.share:.0%}"
         for peer in members.peers:
             if (found := members.against(peer)) is not None:
-                mean, worst, row, number = found
+                mean, worst, row, number, wrong = found
                 where = " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
                 data = "" if row["data"] == "random" else f", {row['data']}"
-                numbers = f"{number} | {mean:.2f}x | {worst:.2f}x | {where}{data} | {share}"
+                numbers = f"{number} | {wrong or ''} | {mean:.2f}x | {worst:.2f}x | {where}{data} | {share}"
                 lines.append(f"| {' | '.join(members.words)} | {peer} | {numbers} |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ Data: Gaussian rows; the same on a common offset; or text, words of a Zipf vocab
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +19,7 @@ from .problems import Case, Function, Part, Problem, Work, has_compiler
 # Elements of the differences that the float64 check may hold: 1 GiB.
 _CHECKED = 1 << 27
 _BROADCAST_BYTES = 1 << 29
+_SCORES_BYTES = 1 << 34
 
 Scores = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,6 +42,10 @@ def cdist_fast(q: Tensor, a: Tensor) -> Tensor:
 
 
 def cdist_exact(q: Tensor, a: Tensor) -> Tensor:
+    differences = q.shape[0] * q.shape[1] * a.shape[1] * q.shape[2]
+    if q.is_cuda and q.requires_grad and torch.is_grad_enabled() and differences >= 2**31:
+        # Its kernel counts them in 32 bits and writes elsewhere, after which no call of CUDA works.
+        raise RuntimeError("cdist's backward counts differences in 32 bits, and there are more")
     return 1 / (1 + torch.cdist(q, a, compute_mode="donot_use_mm_for_euclid_dist"))
 
 
@@ -114,6 +120,9 @@ def pairwise_problem(case: Case, device: torch.device, compiled: bool) -> Proble
         skipped["broadcast"] = "its differences would take over 512 MiB"
     functions = {name: of_scores(op, normalize, scores) for name, scores in names.items()}
     fused = {"compiled expansion": of_scores(op, normalize, expansion)}
+    if op == "attend" and 4 * B * Q * A > _SCORES_BYTES:
+        skipped |= dict.fromkeys([*functions, *fused], "its S would take over 16 GiB")
+        functions, fused = {}, {}
     if op == "attend" and normalize == "rows" and device.type == "cuda":  # its backward has no CPU kernel
         fused["FlexAttention"] = flex
     for name, function in fused.items():
@@ -124,7 +133,10 @@ def pairwise_problem(case: Case, device: torch.device, compiled: bool) -> Proble
         else:
             skipped[name] = "torch.compile needs a C++ compiler"
     if op == "attend" and case.dtype == torch.float32 and device.type == "cuda":
-        functions["pykeops"] = partial(keops, normalize=normalize)
+        if importlib.util.find_spec("pykeops"):
+            functions["pykeops"] = partial(keops, normalize=normalize)
+        else:
+            skipped["pykeops"] = "not installed"
 
     part = Part.of(B, Q, max(_CHECKED // (A * D), 1), device)
 

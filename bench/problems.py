@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = Callable[..., Tensor]
 
@@ -38,7 +38,8 @@ class Case:
     @property
     def label(self) -> str:
         """What --filter is matched with."""
-        return f"{self.name} {self.data} {self.numbers}"
+        sizes = [f"{letter}{size}" for letter, size in self.shape.items()]
+        return " ".join([self.name, self.data, self.numbers, *sizes])
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Problem:
     random: tuple[Function, list[Tensor]] | None = None
     # For each mode.
     work: dict[str, Work] = field(default_factory=dict)
+    # Peers that keep more in training than a pass without gradients needs.
+    modules: tuple[nn.Module, ...] = ()
 
 
 def has_compiler() -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from gatematch.kernels import config
 
+from .kernels import compiled, stop, workers
 from .launches import LAUNCHES, Sample, samples, served
 
 # More than one tile in most directions, and no multiple of a tile; rows start at a multiple of 16 bytes,
@@ -26,6 +29,25 @@ def cases(arch: str, device: str) -> Iterator[tuple[str, Sample]]:
             for sample in samples(kernel, dtype, shape):
                 if kernel in config.entries(arch) and served(kernel, arch, sample):
                     yield kernel, replace(sample, batch=2, steps=3, device=device)
+
+
+def compile_all(arch: str) -> None:
+    """By all cores, into Triton's cache: under the tool it would be one kernel after the other."""
+    launches = list(cases(arch, "cpu"))
+    pool = workers(os.cpu_count() or 1)
+    try:
+        list(
+            pool.map(
+                _compile_one, *zip(*((kernel, arch, sample) for kernel, sample in launches), strict=True)
+            )
+        )
+    finally:
+        stop(pool)
+
+
+def _compile_one(kernel: str, arch: str, sample: Sample) -> None:
+    with suppress(Exception):  # what fails here fails again where it is launched, and is told there
+        compiled(kernel, arch, lambda: LAUNCHES[kernel](sample)())
 
 
 def main() -> None:

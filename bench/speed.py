@@ -63,13 +63,14 @@ def run_speed(
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         for case in track(cases, description="speed", transient=True):
-            torch.manual_seed(0)
+            problem = None  # that of the case before goes first
             try:
+                torch.manual_seed(0)
                 with Switch(torch.backends.cudnn.rnn).at(case.precision):
                     problem = build(case, device, compiled)
                     for mode in MODES:
-                        rows.extend(time_problem(case, problem, mode, device, seconds, rates))
-                del problem
+                        for row in time_problem(case, problem, mode, device, seconds, rates):
+                            rows.append(row)  # one by one: what was timed before a failure stays
             except Exception as failure:
                 # Time on a GPU is rare: what fails there says so in its row, and the others go on.
                 if device.type != "cuda":
@@ -77,6 +78,8 @@ def run_speed(
                 rows.append(
                     _head(case) | {"ours": {"status": f"failed: {_first_line(failure)}"}, "peers": {}}
                 )
+                keep(rows)
+                torch.cuda.synchronize(device)  # raises where the device is lost: all others would fail, too
             torch._dynamo.reset()
             keep(rows)
     return rows
@@ -127,9 +130,11 @@ def time_problem(
     device: torch.device,
     seconds: float,
     rates: Mapping[str, float] | None = None,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for every way that the case is timed."""
     on_gpu = device.type == "cuda"
+    for module in problem.modules:
+        module.train(mode != "forward")
     with torch.no_grad():
         y = problem.ours()
     upstream = torch.randn_like(y)
@@ -178,17 +183,16 @@ def time_problem(
     }
     if not on_gpu:
         add_times(row, measure(calls, seconds, device) if ours["status"] == "timed" else {})
-        return [row]
+        yield row
+        return
     row["configs"] = {name: tile.options for name, tile in used.items()}
-    rows = []
     for timing in case.timings:
         timed = copy.deepcopy(row) | {"timing": timing}
         if ours["status"] == "timed":
             ready = _captured(calls, timed["peers"], device) if timing == "graph" else calls
             add_times(timed, measure(ready, seconds, device, timing))
             add_floors(timed, problem.work.get(mode), rates)
-        rows.append(timed)
-    return rows
+        yield timed
 
 
 def _head(case: Case) -> dict[str, Any]:

@@ -53,8 +53,10 @@ class Class:
     words: tuple[str, ...]  # case, dtype, pass, way of timing; () on a CPU
     rows: list[dict[str, Any]]
 
-    def against(self, peer: str) -> tuple[float, float, dict[str, Any], int] | None:
-        """Of a peer's times over ours the geometric mean, the least, its row, and how many there are."""
+    def against(self, peer: str) -> tuple[float, float, dict[str, Any], int, int] | None:
+        """Of a peer's times over ours the geometric mean, the least, its row, how many there are, and in how
+        many of them the peer is wrong.
+        """
         timed = [
             (ratio, row)
             for row in self.rows
@@ -64,7 +66,9 @@ class Class:
         if not timed:
             return None
         worst, row = min(timed, key=lambda pair: pair[0])
-        return float(np.exp(np.mean(np.log([ratio for ratio, _ in timed])))), worst, row, len(timed)
+        mean = float(np.exp(np.mean(np.log([ratio for ratio, _ in timed]))))
+        wrong = sum("wrong_ratio" in row["peers"][peer] for _, row in timed)
+        return mean, worst, row, len(timed), wrong
 
     @property
     def peers(self) -> list[str]:
@@ -94,10 +98,11 @@ def speed_summary(rows: list[dict[str, Any]]) -> list[str]:
         title = " ".join([*members.words, ""])
         for name in members.peers:
             if (found := members.against(name)) is not None:
-                mean, worst, row, number = found
+                mean, worst, row, number, wrong = found
+                but = f", {wrong} of them wrong" if wrong else ""
                 where = " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
                 lines.append(
-                    f"{title}{name}: {mean:.2f}x over {number} rows, worst {worst:.2f}x "
+                    f"{title}{name}: {mean:.2f}x over {number} rows{but}, worst {worst:.2f}x "
                     f"({row['case']} {row['data']} {row['mode']} {where})"
                 )
         if members.share is not None:

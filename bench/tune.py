@@ -152,9 +152,9 @@ def milliseconds(kernel: str, sample: Sample, shipped: Config) -> Callable[[Conf
             return call()
 
     def cost(tile: Config) -> float:
-        right = expected()
         with launched_with(kernel, tile):
             try:
+                right = expected()
                 found, spills = _spills(call)
             except (TritonError, RuntimeError):  # it does not compile, or asks for more than there is
                 return math.inf
