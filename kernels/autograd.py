@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Grads = tuple[Tensor | None, ...]
+# Of autograd.grad's own vmap, which is never inside another. Only the thread that called autograd.grad counts
+# its levels, and backward passes on CUDA are in others.
+_LEVEL = 1
 
 
 def transformed() -> bool:
@@ -43,7 +46,8 @@ def may_be_differentiated(*inputs: Tensor) -> bool:
 
     A program that is exported keeps the ops alone, which raise in a backward pass.
     """
-    if torch.compiler.is_exporting():
+    # Not is_exporting(), which Dynamo of torch 2.11 takes to be true under torch.compile too.
+    if torch.compiler._is_exporting_flag:
         return False
     return transformed() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
 
@@ -107,12 +111,10 @@ def map_batched(function: Callable[..., Sequence[Tensor]], args: Sequence[Any]) 
     ``autograd.grad`` has a vmap of its own, which asks no Function for a rule; and above it autograd records
     nothing.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
     places = [place for place, x in enumerate(args) if batched(x)]
-    batches = [torch._remove_batch_dim(args[place], level, 0, 0) for place in places]
+    batches = [torch._remove_batch_dim(args[place], _LEVEL, 0, 0) for place in places]
     found = torch.func.vmap(lambda *samples: tuple(function(*_replaced(args, places, samples))))(*batches)
-    return [torch._add_batch_dim(y, 0, level) for y in found]
+    return [torch._add_batch_dim(y, 0, _LEVEL) for y in found]
 
 
 def followed(*upstream: Tensor | None) -> bool:

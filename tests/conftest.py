@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-SEED = int(os.environ.get("GATEMATCH_TEST_SEED", random.SystemRandom().randrange(10**6)))
+# Kept in the environment: processes of pytest-xdist, and those that tests start, have the same.
+SEED = int(os.environ.setdefault("GATEMATCH_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
 
 
 def pytest_report_header() -> str:

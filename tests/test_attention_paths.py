@@ -1,5 +1,7 @@
 """The pairwise ops compiled, exported, under torch.func, forward-mode AD and other default devices."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from pairwise_ops import OPS, opcheck_case
@@ -20,6 +22,7 @@ from gatematch.attention.reference import (
     pairwise_attention_reference,
     pairwise_sums_reference,
 )
+from gatematch.kernels.autograd import map_batched
 
 
 class Joined(torch.nn.Module):
@@ -171,6 +174,17 @@ def test_batched_gradients(name):
 
     both(name, lambda f: torch.autograd.grad(f(q, a), (q, a), g, is_grads_batched=True))
     both(name, twice)
+
+
+def test_batched_gradients_in_another_thread():
+    """As a backward pass on CUDA is."""
+
+    def twice(g):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(map_batched, lambda x: (2 * x,), [g]).result()[0]
+
+    x = torch.arange(6.0).view(3, 2)
+    torch.testing.assert_close(torch._vmap_internals._vmap(twice)(x), 2 * x)
 
 
 @pytest.mark.parametrize("name", PAIRS)

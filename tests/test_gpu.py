@@ -8,7 +8,7 @@ import pytest
 import torch
 import transform_ops
 import transforms
-from lstm_contract import check_layer, largest_error
+from lstm_contract import check_layer, largest_error, product_error
 from lstm_contract import lengths_of as lstm_lengths
 from pairwise_contract import (
     DTYPES,
@@ -49,8 +49,10 @@ def skip_unless_served(kernel, H, dtype, precision="float32"):
         pytest.skip(f"{kernel} does not serve H = {H} in {dtype}")
 
 
-@pytest.mark.parametrize("with_lengths", [False, True])
-@pytest.mark.parametrize("D", [1, 7, 50, 300, 768, 4096])
+# Compiling takes most of the time: one D without lengths.
+@pytest.mark.parametrize(
+    ("D", "with_lengths"), [*((D, True) for D in (1, 7, 50, 300, 768, 4096)), (50, False)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_are_exact_at_every_distance(dtype, D, with_lengths):
     q, a = rows_at_distances(D, dtype, device="cuda")
@@ -77,7 +79,8 @@ def test_text_of_many_tiles(dtype):
     q, a = (words[torch.randint(2000, (1, L), device="cuda")] for L in (300, 2257))
     check_attention(q, a)
     check_attend(q, a, torch.randn(1, 2257, 300, device="cuda").to(dtype), normalize="rows")
-    q, a = (words[torch.randint(2000, (40, L), device="cuda")] for L in (300, 257))
+    # Few sequences: the reference holds all differences in float64.
+    q, a = (words[torch.randint(2000, (8, L), device="cuda")] for L in (300, 257))
     check_sums(q, a)
 
 
@@ -171,7 +174,8 @@ def test_lstm_in_tf32_is_as_exact_as_cudnn(kernel, H, rnn_precision):
     model.impl = "torch"
     theirs, _ = model(x)
     exact, _ = model.double()(x.double())
-    assert largest_error(y, exact) <= 2 * largest_error(theirs, exact)
+    # cuDNN may multiply in float32. In TF32 operands are rounded by 2**-12 on average, weights up to 1 / √H.
+    assert largest_error(y, exact) <= max(2 * largest_error(theirs, exact), 2.0**-7 / H**0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,8 +190,11 @@ def test_lstm_cell(B, I, H, dtype, rnn_precision):
     g = [torch.randn_like(tensor) for tensor in got]
     grads = torch.autograd.grad(got, [x, h, c, *cell.parameters()], g)
     exact_grads = torch.autograd.grad(want, exact, [tensor.double() for tensor in g])
+    # In float32 dx and dh are library products of 4·H terms.
+    product = product_error(B, 4 * H, I, "cuda") if dtype == torch.float32 and H > 1 else 0.0
     for ours, true in zip((*got, *grads), (*want, *exact_grads), strict=True):
-        assert largest_error(ours, true) <= 8 * torch.finfo(dtype).eps * float(true.detach().abs().max())
+        size = max(1.0, float(true.detach().abs().max()))
+        assert largest_error(ours, true) <= max(8 * torch.finfo(dtype).eps, 2 * product) * size
 
 
 def train(model, x, **options):
@@ -381,7 +388,7 @@ def test_lstm_with_lengths_follows_float64(bidirectional):
 
 
 @pytest.mark.parametrize(
-    ("op", "heading"), product(transform_ops.ops("triton"), transforms.TABLES["kernels"])
+    ("op", "heading"), list(product(transform_ops.ops("triton"), transforms.TABLES["kernels"]))
 )
 def test_transforms_are_those_of_the_table(op, heading, rnn_precision):
     rnn_precision("ieee")
