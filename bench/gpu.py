@@ -48,15 +48,12 @@ def _speed(cases: str) -> tuple[str, ...]:
     return _bench("speed", "--device", "cuda", "--seconds", "0.3", "--filter", cases)
 
 
-# Arguments of this Python.
+# Arguments of this Python. What most depends on comes first, should time run out.
 STAGES = {
-    # All that the others need, with all cores, into Triton's cache.
-    "compile": _bench("kernels", "--arch", "{arch}", "--jobs", str(CORES)),
     "tests": _pytest(
         "not same_bits",
         *(("-n", str(PROCESSES), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()),
     ),
-    # Then what most depends on, should time run out.
     "speed-lstm-bfloat16": _speed("lstm/.* bfloat16"),
     "speed-pairwise": _speed("pairwise/"),
     "barrier": _bench("barrier", "--device", "cuda"),
@@ -67,6 +64,7 @@ STAGES = {
     "speed-lstm-tf32": _speed("lstm/.* tf32"),
     "speed-lstm-float32": _speed("lstm/.* float32"),
     "speed-lstm-float16": _speed("lstm/.* float16"),
+    "compile": _bench("kernels", "--arch", "{arch}", "--jobs", str(CORES)),
 }
 # Processes side by side need no threads.
 ENVIRONMENT = {"tests": {"OMP_NUM_THREADS": "1"}}
