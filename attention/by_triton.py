@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gatematch.kernels import pairwise, pairwise_stream
+from gatematch.kernels import pairwise, pairwise_bwd, pairwise_stream
 from gatematch.kernels.autograd import Grads
 from gatematch.kernels.pairwise_prepare import prepare
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
@@ -36,9 +36,13 @@ def attention_backward(
     saved = R, centre if centre.dim() == 2 else None, g
     dq = da = None
     if wanted[0]:
-        dq = pairwise.attention_gradient(q, a, *saved, q_lengths, a_lengths, of_a=False, precision=precision)
+        dq = pairwise_bwd.attention_gradient(
+            q, a, *saved, q_lengths, a_lengths, of_a=False, precision=precision
+        )
     if wanted[1]:
-        da = pairwise.attention_gradient(a, q, *saved, a_lengths, q_lengths, of_a=True, precision=precision)
+        da = pairwise_bwd.attention_gradient(
+            a, q, *saved, a_lengths, q_lengths, of_a=True, precision=precision
+        )
     return dq, da
 
 

@@ -121,7 +121,8 @@ def kernel_rows(kernel: str, arch: str, sample: Sample, tile: Config) -> list[di
 def _row(kernel: str, arch: str, sample: Sample, tile: Config, binary: Any) -> dict[str, Any]:
     names = list(binary.src.fn.arg_names)
     constants = {names[path[0]]: value for path, value in binary.src.constants.items()}
-    variant = _described({name: v for name, v in constants.items() if name not in tile.options})
+    # A launcher may have changed a size of its own.
+    variant = _described({name: v for name, v in constants.items() if (name, v) not in tile.options.items()})
     dtype = str(sample.dtype).removeprefix("torch.")
     return {
         "case": f"kernels/{kernel}/{arch}/{dtype}/{_described(tile.options)}/{variant}",

@@ -20,6 +20,7 @@ from gatematch.kernels import (
     lstm_resident,
     lstm_step,
     pairwise,
+    pairwise_bwd,
     pairwise_stream,
 )
 from gatematch.kernels.config import Config
@@ -111,8 +112,8 @@ def _pairwise_bwd(sample: Sample) -> Launch:
     assert R is not None
     g = torch.randn_like(S)
     return lambda: (
-        pairwise.attention_gradient(q, a, R, centre, g, *ends, of_a=False, precision=precision),
-        pairwise.attention_gradient(a, q, R, centre, g, *ends[::-1], of_a=True, precision=precision),
+        pairwise_bwd.attention_gradient(q, a, R, centre, g, *ends, of_a=False, precision=precision),
+        pairwise_bwd.attention_gradient(a, q, R, centre, g, *ends[::-1], of_a=True, precision=precision),
     )
 
 

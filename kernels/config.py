@@ -26,7 +26,7 @@ _log = logging.getLogger("gatematch")
 class Config:
     """One way to launch a kernel."""
 
-    blocks: Mapping[str, int]  # tile sizes, by the name of the kernel's argument
+    blocks: Mapping[str, int]  # sizes, by the name of the launcher's or kernel's argument, or Triton's
     num_warps: int
     num_stages: int
 

@@ -100,6 +100,43 @@ def expand(
 
 
 @triton.jit
+def held_rows(
+    x_ptr, x_left, D, step_x,
+    PREC: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows in HELD blocks of BLOCK_K features, as they are multiplied, and their squares."""
+    i = tl.arange(0, BLOCK_M)
+    held = ()
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for c in tl.static_range(HELD):
+        k = c * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = (i < x_left)[:, None] & (k < D)[None, :]
+        x = as_multiplied(tl.load(x_ptr + i[:, None] * step_x + k[None, :], mask, other=0.0), PREC)
+        squares += x.to(tl.float32) * x.to(tl.float32)
+        held += (x,)
+    return held, tl.sum(squares, 1)
+
+
+@triton.jit
+def expand_held(
+    x, x_squares, y_ptr, y_left, D, step_y,
+    PREC: tl.constexpr, HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What `expand` returns, for rows from `held_rows`."""
+    j = tl.arange(0, BLOCK_N)
+    product = tl.zeros((x_squares.shape[0], BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for c in tl.static_range(HELD):
+        k = c * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = (j < y_left)[:, None] & (k < D)[None, :]
+        y = as_multiplied(tl.load(y_ptr + j[:, None] * step_y + k[None, :], mask, other=0.0), PREC)
+        product = tl.dot(x[c], tl.trans(y), product, input_precision=PREC)
+        squares += y.to(tl.float32) * y.to(tl.float32)
+    squares = x_squares[:, None] + tl.sum(squares, 1)[None, :]
+    return squares, squares - 2.0 * product
+
+
+@triton.jit
 def squares_by_feature(
     x_ptr, y_ptr, x_left, y_left, D, step_x, step_y, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -119,6 +156,36 @@ def squares_by_feature(
 def is_near(d2, squares, valid):
     """Which pairs to take from the difference: also NaN, from norms that overflow, but not rows of NaN."""
     return ((d2 >= TAU * squares).to(tl.int32) == 0) & (squares == squares) & valid
+
+
+@triton.jit
+def without_near(d2, squares, x_left, y_left, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """d² of a tile with infinity for near pairs and past the lengths, and whether there are near pairs.
+
+    To look costs two instructions a pair: as an unsigned integer, a float that is negative or NaN is larger
+    than infinity. That is also true of some pairs that are not near, as those with rows of NaN: they stay.
+    """
+    largest = tl.max((d2 - TAU * squares).to(tl.uint32, bitcast=True))
+    some = largest > 0x7F800000
+    if some | (x_left < BLOCK_M) | (y_left < BLOCK_N):
+        valid = (tl.arange(0, BLOCK_M) < x_left)[:, None] & (tl.arange(0, BLOCK_N) < y_left)[None, :]
+        near = ((d2 >= TAU * squares).to(tl.int32) == 0) & (squares >= 0.0)
+        d2 = tl.where(near | (valid == 0), float("inf"), d2)
+    return d2, some
+
+
+@triton.jit
+def score(d, dtype: tl.constexpr):
+    """S of a far pair's distance, in `dtype`.
+
+    The square of an approximate 1 / sqrt(1 + d) is wrong by a few roundings of float32, which are lost in
+    those of 16 bits, and takes a third of the instructions of a division.
+    """
+    if dtype == tl.float32:
+        return 1.0 / (1.0 + d)
+    else:
+        root = tl.rsqrt(1.0 + d)
+        return (root * root).to(dtype)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from pairwise_ops import OPS, opcheck_case
 
 from gatematch.attention import autograd, ops, pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
-from gatematch.kernels import distance, pairwise_stream
+from gatematch.kernels import distance, pairwise, pairwise_stream
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -74,6 +74,35 @@ def test_without_the_centre_an_offset_makes_all_pairs_near(monkeypatch):
     assert near_pairs() == 0
     monkeypatch.setattr(distance, "OFFSET", tl.constexpr(2.0))
     assert near_pairs() == 40 * 32
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_programs_that_walk_more_tiles_than_they_have_bits(offset, runs, monkeypatch):
+    monkeypatch.setattr(pairwise, "_runs", lambda *args: runs)
+    q, a = torch.randn(1, 5, 20) + offset, torch.randn(1, 4300, 20) + offset
+    q[0, :4] = a[0, [1, 2150, 4096, 4299]]  # in the tiles 0, 33, 64 and 67
+    a[0, 70] = q[0, 4] + 1e-3
+    got = pairwise_attention(q, a, a_lengths=torch.tensor([4299]), impl="triton")
+    want = exact.pairwise_attention_reference(q.double(), a.double(), None, torch.tensor([4299]))
+    assert (got - want).abs().max() < 1e-6
+    assert (got[0, [0, 1, 2], [1, 2150, 4096]] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "columns", "runs"),
+    [(1, 40, 1), (4096, 40, 1), (16, 512, 2), (256, 512, 1), (8, 8192, 32), (64, 8192, 8), (512, 8192, 3)],
+)
+def test_runs_occupy_the_device_and_are_not_short(blocks, columns, runs):
+    assert pairwise._runs(blocks, columns, torch.device("cpu")) == runs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_score_exactly_one(dtype):
+    q = torch.randn(1, 70, 50).to(dtype)
+    q[0, 7] = 0
+    S = pairwise_attention(q, q, impl="triton")
+    assert (S.diagonal(dim1=1, dim2=2) == 1).all()
 
 
 @pytest.mark.parametrize("normalize", [None, "rows"])
