@@ -7,9 +7,11 @@ and instructions are read from the binary.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -42,8 +44,23 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
+@functools.cache
+def settle_keys() -> None:
+    """Have Triton work out the keys of all kernels now, in one order.
+
+    It does so when a function is first needed, and the key depends on which of the functions that it calls
+    have theirs by then (Triton 3.6.0): processes that begin with other kernels would not find each other's
+    programs.
+    """
+    for name in sorted(name for name in sys.modules if name.startswith("gatematch.kernels.")):
+        for function in vars(sys.modules[name]).values():
+            if isinstance(function, JITFunction):
+                function.cache_key  # noqa: B018
+
+
 def compiled(kernel: str, arch: str, launch: Callable[[], object]) -> list[Any]:
     """What Triton compiles for every launch of `kernel` that `launch` makes, as if on `arch`."""
+    settle_keys()
     found = []
     run = JITFunction.run
 

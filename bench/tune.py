@@ -24,7 +24,7 @@ from triton.runtime.errors import TritonError
 from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
-from gatematch.bench.kernels import compiled, stop, workers
+from gatematch.bench.kernels import compiled, settle_keys, stop, workers
 from gatematch.bench.launches import LAUNCHES, Entry, Launch, Sample, entries, launched_with, served
 from gatematch.bench.results import describe_machine, writable, write_results
 from gatematch.kernels import config
@@ -199,6 +199,7 @@ def run_tune(
     """
     if device.type != "cuda":
         raise ValueError(f"--device must be a GPU, for tune times kernels on it; got {device}")
+    settle_keys()
     arch = config.architecture(device)
     out = out or config.CONFIGS / f"{arch}.json"
     writable("--out", out)
