@@ -1,7 +1,8 @@
 """How tensors are laid out for the kernels, and how many programs they take.
 
-Lengths and strides are never specialised on. Strides go in divided by a power of two that divides all of them,
-which is compiled in, so that loads are as wide as the layout allows: there are at most four such variants.
+Lengths and strides are never specialised on. Strides go in divided by a power of two that divides all of
+them, which is compiled in, so that loads are as wide as the layout allows: there are at most four such
+variants.
 """
 
 from __future__ import annotations
