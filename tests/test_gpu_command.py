@@ -145,7 +145,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(stages, tmp_path, 
 def test_a_stage_that_ends_when_it_is_asked_to_keeps_what_it_has(stages):
     slow = f"import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    {ROWS}\n    raise"
     path = stages(slow=slow)
-    (row,) = run(path, limit=3)
+    (row,) = run(path, limit=12)  # a Python that starts must be at sleep by then
     assert (row["status"], row["what"], row["rows"]) == ("timed out", "2 rows", 2)
     assert len(results.read_results(path)["rows"]) == 3
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from interpreted.cooperative import Deadlock, cooperative
 from lstm_contract import DTYPES, check_layer, largest_error, lengths_of
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 from triton.runtime.errors import InterpreterError, OutOfResources
 
@@ -537,7 +538,7 @@ def test_tied_weights_under_a_compiler():
 
 def test_one_compilation_serves_all_lengths():
     model, cell = LSTM(3, 16, impl="step"), LSTMCell(3, 16, impl="triton")
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def function(x, lengths):
