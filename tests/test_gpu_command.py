@@ -134,8 +134,8 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(stages, tmp_path, 
     pipe = str(tmp_path / "pipe")
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    hanging, after = run(stages(hanging=HANGING.format(pipe=pipe), after=ROWS), limit=3)
-    assert (hanging["status"], hanging["reason"]) == ("timed out", "stopped after 3 s")
+    hanging, after = run(stages(hanging=HANGING.format(pipe=pipe), after=ROWS), limit=12)
+    assert (hanging["status"], hanging["reason"]) == ("timed out", "stopped after 12 s")
     assert after["status"] == "passed"
     assert os.read(reader, 100) == b"started"
     assert os.read(reader, 100) == b"", "nobody holds the other end"
