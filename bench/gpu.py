@@ -155,6 +155,8 @@ def _run(command: list[str], environment: dict[str, str], log: Path, limit: floa
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Under nohup SIGINT is ignored, which a process passes on, and a stage could not be asked to end.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             if _ended(child, limit, shown):
