@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ Sampler = Callable[[Call, int], float]
 def measure(
     functions: Mapping[str, Call], seconds: float, device: torch.device, timing: str = "warm"
 ) -> dict[str, np.ndarray]:
-    """Seconds per call, one sample of each function a round, for at least `seconds` and 7 rounds, or 3 where
-    7 would take much longer.
+    """Seconds per call, one sample of each function a round, for at least `seconds` and 7 rounds; on a GPU,
+    whose time is rare, 3 where 7 would take much longer.
 
     A sample repeats a function that is short, for about a millisecond; a cold one cannot be repeated.
     """
@@ -45,9 +45,8 @@ def measure(
     # Whoever follows a function finds the caches as that one left them: a new order every round.
     shuffle = np.random.default_rng(0).permutation
     names = list(functions)
-    while (rounds := len(samples[names[0]])) < 3 or (
-        time.perf_counter() < end + (_PATIENCE if rounds < 7 else 0.0)
-    ):
+    late = end + (_PATIENCE if device.type == "cuda" else inf)
+    while (rounds := len(samples[names[0]])) < 3 or time.perf_counter() < (late if rounds < 7 else end):
         for name in shuffle(names).tolist():
             samples[name].append(samplers[name](functions[name], repeats[name]))
     return {name: np.array(times) for name, times in samples.items()}

@@ -162,8 +162,8 @@ def is_near(d2, squares, valid):
 def without_near(d2, squares, x_left, y_left, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """d² of a tile with infinity for near pairs and past the lengths, and whether there are near pairs.
 
-    To look costs two instructions a pair: as an unsigned integer, a float that is negative or NaN is larger
-    than infinity. That is also true of some pairs that are not near, as those with rows of NaN: they stay.
+    To look costs a subtraction and a maximum: as an unsigned integer, a float that is negative or NaN is
+    larger than infinity. So are some pairs that are not near, as those with rows of NaN: they stay.
     """
     largest = tl.max((d2 - TAU * squares).to(tl.uint32, bitcast=True))
     some = largest > 0x7F800000
@@ -179,7 +179,7 @@ def score(d, dtype: tl.constexpr):
     """S of a far pair's distance, in `dtype`.
 
     The square of an approximate 1 / sqrt(1 + d) is wrong by a few roundings of float32, which are lost in
-    those of 16 bits, and takes a third of the instructions of a division.
+    those of 16 bits, and takes fewer instructions than a division.
     """
     if dtype == tl.float32:
         return 1.0 / (1.0 + d)

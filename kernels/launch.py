@@ -7,6 +7,7 @@ variants.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -64,6 +65,14 @@ def product_precision(dtype: torch.dtype, precision: str, arch: str) -> str:
     if arch.startswith("gfx"):
         return "ieee"
     return "tf32x3" if dtype == torch.float32 and precision == "float32" else "tf32"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; in the interpreter as many as an H200, so that it sees as many ranges."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132
 
 
 def programs(number: int) -> tuple[int]:

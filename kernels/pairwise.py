@@ -17,8 +17,6 @@ Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), R (B, Q, A up to a multiple of 4)
 Paper: Yin et al., "ABCNN", TACL 2016.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -40,7 +38,7 @@ from .distance import (
     squares_by_feature,
     without_near,
 )
-from .launch import MAX_STRIDE, layout, packed, product_precision, programs, rows, width
+from .launch import MAX_STRIDE, layout, multiprocessors, packed, product_precision, programs, rows, width
 
 # The rows of q are loaded once a run: it has at least SHORT columns, and LONG ones cost next to nothing.
 SHORT, LONG = 256, 1024
@@ -203,18 +201,10 @@ def takes_centre(q: Tensor) -> bool:
     return q.dtype != torch.bfloat16 and q.shape[2] > DIRECT
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132  # those of an H200, so that the interpreter sees several runs too
-
-
 def _runs(blocks: int, columns: int, device: torch.device) -> int:
     """Into how many runs each block of rows is split: so that all processors are busy, and to the end."""
-    processors = _processors(device)
-    occupied = max(2 * processors // blocks, 1)
-    balanced = min(triton.cdiv(8 * processors, blocks), columns // LONG)
+    occupied = max(2 * multiprocessors(device) // blocks, 1)
+    balanced = min(triton.cdiv(8 * multiprocessors(device), blocks), columns // LONG)
     return min(max(occupied, balanced), triton.cdiv(columns, SHORT))
 
 

@@ -9,7 +9,6 @@ so the partial sums of separate ranges of columns simply add. Memory is O(Q + A)
 Shapes: x (B, M, D), y (B, N, D), v (B, N, V), O (B, M, V), r (B, M), c (B, N).
 """
 
-import functools
 import math
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from . import config
 from .distance import DIRECT, length_of
-from .launch import layout, product_precision, programs, rows
+from .launch import layout, multiprocessors, product_precision, programs, rows
 from .numerics import as_multiplied
 from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_scores
 
@@ -158,12 +157,9 @@ def pairwise_stream_sums(
         tl.store(r_ptr + i0 + i, row_sums, i < x_end - i0)
 
 
-@functools.cache
 def _wanted(device: torch.device) -> int:
     """How many programs keep a device busy."""
-    if device.type == "cuda":
-        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return 264  # what an H200 wants, so that the interpreter sees several ranges too
+    return 2 * multiprocessors(device)
 
 
 def attend_forward(

@@ -24,13 +24,13 @@ weights as the operand that stays.
 Shapes: z, gates (N, T, B, 4H), y (T, B, N·H), cells (N, T, B, H), states (N, B, H); N directions, 1 or 2.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import multiprocessors
 from .numerics import sigmoid, tanh
 
 
@@ -40,12 +40,9 @@ def padded(hidden_size: int) -> int:
     return -(-hidden_size // multiple) * multiple
 
 
-@functools.cache
 def processors(device: torch.device) -> int:
     """How many programs surely run at once: one on each multiprocessor. In the interpreter all do."""
-    if device.type == "cpu":
-        return 2**31
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2**31 if device.type == "cpu" else multiprocessors(device)
 
 
 @triton.jit

@@ -215,6 +215,13 @@ def test_warm_calls_follow_each_other_between_two_events(clock, monkeypatch):
     assert clock.log[-12:] == ["quick", "event", *["quick"] * 8, "event", "waited"]
 
 
+def test_slow_calls_have_fewer_rounds_on_a_gpu_alone(clock, monkeypatch):
+    ticks = iter(np.arange(0.0, 1e6, 10.0))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    for device, rounds in ((GPU, 3), (CPU, 7)):
+        assert len(timing.measure({"a": clock.function("a")}, 0.0, device)["a"]) == rounds
+
+
 def test_cold_calls_find_the_cache_written_over(clock, monkeypatch):
     # The host takes 1.4 s to issue a call: at 0.5 s a write, 1 + 5 writes keep the device busy for longer.
     ticks = iter(np.arange(0.0, 1e6, 1.4))
