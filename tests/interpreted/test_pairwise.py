@@ -57,6 +57,15 @@ def test_what_is_kept_past_the_lengths_is_never_read():
     torch.testing.assert_close(grads, want)
 
 
+def test_the_centre_is_kept_for_the_backward():
+    q, a = torch.randn(2, 70, 20), torch.randn(2, 300, 20)
+    q[1] += 100
+    a[1] += 100
+    _, _, centre = ops.attention_op(q, a, None, None, "triton", "float32", True)
+    assert not centre[0].any()
+    assert (centre[1] - 100).abs().max() < 3  # a mean of 8 Gaussian rows
+
+
 def test_without_the_near_branch_the_contract_does_not_hold(monkeypatch):
     monkeypatch.setattr(distance, "TAU", tl.constexpr(0.0))
     q, a = rows_at_distances(300, torch.float32)
