@@ -189,6 +189,12 @@ def score(d, dtype: tl.constexpr):
 
 
 @triton.jit
+def slope_by_distance(d):
+    """W = S² / d, so that dL/dx_i = sum_j g_ij W_ij (y_j - x_i) for g = dL/dS; 0 where d = 0 (subgradient)."""
+    return tl.where(d == 0.0, 0.0, 1.0 / (d * (1.0 + d) * (1.0 + d)))
+
+
+@triton.jit
 def differences(x_ptr, y_ptr, row, column, k, mask, step_x, step_y):
     """The features k of x_row - y_column, [P, len(k)], 0 where masked."""
     x = tl.load(x_ptr + row[:, None] * step_x + k[None, :], mask, other=0.0).to(tl.float32)

@@ -11,9 +11,10 @@ need: it loads tiles ahead, keeps the rows of q on the chip if they fit there, a
 which no distance gives. The second visits the tiles in which there is one, reads them back and stores near
 pairs over the zeros.
 
-For training the forward also stores R = d for far pairs and -d for near ones (float32), and the centre.
+For training the forward also stores W = S² / d, by which dL/dS is multiplied in backward, -W for near pairs and
+0 where d = 0, and the centre. W is in bfloat16 for rows of bfloat16 and else in float32.
 
-Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), R (B, Q, A up to a multiple of 4), centre (B, D), lengths (B,).
+Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), W (B, Q, A up to a multiple of 8), centre (B, D), lengths (B,).
 Paper: Yin et al., "ABCNN", TACL 2016.
 """
 
@@ -35,6 +36,7 @@ from .distance import (
     near_words,
     pick,
     score,
+    slope_by_distance,
     squares_by_feature,
     without_near,
 )
@@ -48,7 +50,7 @@ NEAR = tl.constexpr(32)
 
 @triton.jit
 def far_pairs(
-    x_ptr, y_ptr, s_ptr, r_ptr, M, N, D, x_left, y_end, first, end, step_x, stride_y, stride_r,
+    x_ptr, y_ptr, s_ptr, w_ptr, M, N, D, x_left, y_end, first, end, step_x, stride_y, stride_w,
     PREC: tl.constexpr, FEW: tl.constexpr, CENTRED: tl.constexpr, HELD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLAG: tl.constexpr,
 ):  # fmt: skip
@@ -83,15 +85,16 @@ def far_pairs(
         if FEW:
             S = tl.where((i < x_left)[:, None] & (j < y_left)[None, :], S, 0.0)
         tl.store(s_ptr + j0 + i[:, None] * N + j[None, :], S, (i < M)[:, None] & (j < N - j0)[None, :])
-        if r_ptr is not None:  # past the lengths it is never read
-            r_at = r_ptr + j0 + i[:, None] * stride_r + j[None, :]
-            tl.store(r_at, d, (i < M)[:, None] & (j < stride_r - j0)[None, :])
+        if w_ptr is not None:  # past the lengths it is never read
+            w_at = w_ptr + j0 + i[:, None] * stride_w + j[None, :]
+            W = slope_by_distance(d).to(w_ptr.dtype.element_ty)
+            tl.store(w_at, W, (i < M)[:, None] & (j < stride_w - j0)[None, :])
     return found
 
 
 @triton.jit
 def near_pairs(
-    x_ptr, y_ptr, s_ptr, r_ptr, N, D, x_left, y_left, step_x, step_y, stride_r,
+    x_ptr, y_ptr, s_ptr, w_ptr, N, D, x_left, y_left, step_x, step_y, stride_w,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NEAR: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_NEAR columns of the second walk."""
@@ -111,31 +114,32 @@ def near_pairs(
             row, column = pick(words, counts, most, p, BLOCK_M)
             d = near_distances(x_ptr, y_ptr, row, column, live, D, step_x, step_y, BLOCK_P, BLOCK_K)
             tl.store(s_ptr + row * N + column, (1.0 / (1.0 + d)).to(s_ptr.dtype.element_ty), live)
-            if r_ptr is not None:
-                tl.store(r_ptr + row * stride_r + column, -d, live)
+            if w_ptr is not None:
+                W = -slope_by_distance(d)
+                tl.store(w_ptr + row * stride_w + column, W.to(w_ptr.dtype.element_ty), live)
 
 
 @triton.jit(
-    do_not_specialize=["M", "N", "D", "runs", "stride_xb", "stride_x", "stride_yb", "stride_y", "stride_r"]
+    do_not_specialize=["M", "N", "D", "runs", "stride_xb", "stride_x", "stride_yb", "stride_y", "stride_w"]
 )
 def pairwise_fwd(
-    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, s_ptr, r_ptr, centre_ptr,
+    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, s_ptr, w_ptr, centre_ptr,
     M, N, D, runs,
-    stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64, stride_r,
+    stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64, stride_w,
     VEC_D: tl.constexpr, VEC_S: tl.constexpr, PREC: tl.constexpr, FEW: tl.constexpr, HELD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A run of tiles of S, and of R and the centre where they are given, for x = q and y = a.
+    """A run of tiles of S, and of W and the centre where they are given, for x = q and y = a.
 
     FEW: D is at most DIRECT. HELD: the number of blocks of BLOCK_K features, if those of x are kept, or 0.
-    D and the strides of x and y are in units of VEC_D elements, N in VEC_S, the stride of R in 4.
+    D and the strides of x and y are in units of VEC_D elements, N in VEC_S, the stride of W in 8.
     """
     tl.static_assert(BLOCK_M <= 128, "offsets inside a tile are of 32 bits")
     D *= VEC_D
     N *= VEC_S
     stride_x *= VEC_D
     stride_y *= VEC_D
-    stride_r *= 4
+    stride_w *= 8
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     run = tl.program_id(0) % runs
@@ -151,28 +155,28 @@ def pairwise_fwd(
     x_ptr += b * stride_xb * VEC_D + i0 * stride_x
     y_ptr += b * stride_yb * VEC_D
     s_ptr += (b * M + i0) * N
-    if r_ptr is not None:
-        r_ptr += (b * M + i0) * stride_r
+    if w_ptr is not None:
+        w_ptr += (b * M + i0) * stride_w
     step_x = stride_x.to(tl.int32)
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
 
     if FEW:
         far_pairs(
-            x_ptr, y_ptr, s_ptr, r_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y, stride_r,
+            x_ptr, y_ptr, s_ptr, w_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y, stride_w,
             PREC, True, False, 0, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     else:
         centred = has_offset(y_ptr, D, y_end, stride_y)
         if centred:
             found = far_pairs(
-                x_ptr, y_ptr, s_ptr, r_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y,
-                stride_r, PREC, False, True, 0, BLOCK_M, BLOCK_N // 2, BLOCK_K, BLOCK_N,
+                x_ptr, y_ptr, s_ptr, w_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y,
+                stride_w, PREC, False, True, 0, BLOCK_M, BLOCK_N // 2, BLOCK_K, BLOCK_N,
             )  # fmt: skip
         else:
             found = far_pairs(
-                x_ptr, y_ptr, s_ptr, r_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y,
-                stride_r, PREC, False, False, HELD, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
+                x_ptr, y_ptr, s_ptr, w_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y,
+                stride_w, PREC, False, False, HELD, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
             )  # fmt: skip
         # Every program of a sequence finds the same centre; the one that each of them has keeps it.
         if centre_ptr is not None and (run == 0) & (i0 == 0):
@@ -186,8 +190,8 @@ def pairwise_fwd(
             for j0 in tl.range(first, end, BLOCK_NEAR, num_stages=1):
                 if (found >> (j0 // BLOCK_N % 64)) & 1 != 0:
                     near_pairs(
-                        x_ptr, y_ptr + j0 * stride_y, s_ptr + j0, None if r_ptr is None else r_ptr + j0,
-                        N, D, x_left, y_end - j0, step_x, stride_y.to(tl.int32), stride_r,
+                        x_ptr, y_ptr + j0 * stride_y, s_ptr + j0, None if w_ptr is None else w_ptr + j0,
+                        N, D, x_left, y_end - j0, step_x, stride_y.to(tl.int32), stride_w,
                         BLOCK_M, 64, BLOCK_P, BLOCK_NEAR,
                     )  # fmt: skip
     for j0 in tl.range(end, last, BLOCK_N):
@@ -199,6 +203,16 @@ def pairwise_fwd(
 def takes_centre(q: Tensor) -> bool:
     """Whether the backward multiplies centred rows: not those of bfloat16, whose rounding is coarser."""
     return q.dtype != torch.bfloat16 and q.shape[2] > DIRECT
+
+
+def kept_columns(columns: int) -> int:
+    """Those of W, whose rows start at multiples of 16 bytes."""
+    return -(-columns // 8) * 8
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of W: it is too large for float16."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _runs(blocks: int, columns: int, device: torch.device) -> int:
@@ -217,7 +231,7 @@ def attention_forward(
     precision: str = "float32",
     save: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """S, and with `save` what the backward needs of it: R and, if it `takes_centre`, the centre.
+    """S, and with `save` what the backward needs of it: W and, if it `takes_centre`, the centre.
 
     q (B, Q, D), a (B, A, D): float32, float16 or bfloat16, any strides. precision "tf32" gives up exactness
     of far pairs in float32 for a third of the products.
@@ -226,17 +240,17 @@ def attention_forward(
     if A >= MAX_STRIDE:
         raise ValueError(f"a must have fewer than 2**24 rows; got {A}: pairwise_attend takes more")
     S = q.new_empty(B, Q, A)
-    R = q.new_empty(B, Q, triton.cdiv(A, 4) * 4, dtype=torch.float32) if save else None
+    W = q.new_empty(B, Q, kept_columns(A), dtype=kept_dtype(q.dtype)) if save else None
     centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     if S.numel() == 0:
-        return S, R, centre
+        return S, W, centre
     arch = config.architecture(q.device)
     tile = config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
     x, y = rows(q), rows(a)
     vec_d, strides = layout(x, y, size=D)
     options = tile.options
     resident = options.pop("RESIDENT")
-    # What takes registers of its own leaves fewer for the tile: R, and rows that are hardly aligned.
+    # What takes registers of its own leaves fewer for the tile: W, and rows that are hardly aligned.
     if save and q.dtype == torch.float32:
         options["BLOCK_K"] = min(options["BLOCK_K"], 16)
     held = triton.cdiv(D, options["BLOCK_K"]) if DIRECT < D <= resident else 0
@@ -249,9 +263,9 @@ def attention_forward(
     runs = _runs(blocks, A, q.device)
     with torch.cuda.device_of(q):
         pairwise_fwd[programs(blocks * runs)](
-            x, y, packed(q_lengths), packed(a_lengths), S, R, centre,
-            Q, A // vec_s, D // vec_d, runs, *strides, 0 if R is None else R.stride(1) // 4,
+            x, y, packed(q_lengths), packed(a_lengths), S, W, centre,
+            Q, A // vec_s, D // vec_d, runs, *strides, 0 if W is None else W.stride(1) // 8,
             VEC_D=vec_d, VEC_S=vec_s, PREC=product_precision(q.dtype, precision, arch), FEW=D <= DIRECT,
             HELD=held, **options,
         )  # fmt: skip
-    return S, R, centre
+    return S, W, centre
