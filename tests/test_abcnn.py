@@ -442,9 +442,9 @@ def test_autocast_does_not_unite_float64_with_others():
 def test_it_learns_to_tell_pairs_that_share_a_word():
     words = torch.randn(30, 8)
     model = ABCNN(8, 6, 16, 3, 2, classes=1)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         left, right = torch.randint(0, 15, (64, 5)), torch.randint(15, 30, (64, 6))
         target = torch.randint(0, 2, (64,))
         right[:, 2] = torch.where(target == 1, left[:, 3], right[:, 2])
@@ -455,7 +455,7 @@ def test_it_learns_to_tell_pairs_that_share_a_word():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < 0.8 * sum(losses[:5]) / 5
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])  # the worst of 60 seeds ends at 0.21 times
 
 
 q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
