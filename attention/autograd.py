@@ -115,15 +115,15 @@ class PairwiseAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, a, q_lengths, a_lengths, ctx.impl, ctx.precision = inputs
-        _, R, centre = output
-        ctx.mark_non_differentiable(R, centre)
-        ctx.save_for_backward(q, a, R, centre, q_lengths, a_lengths)
+        _, W, centre = output
+        ctx.mark_non_differentiable(W, centre)
+        ctx.save_for_backward(q, a, W, centre, q_lengths, a_lengths)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> Grads:
-        q, a, R, centre, *lengths = ctx.saved_tensors
+        q, a, W, centre, *lengths = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        call = (q, a, R, centre, g, *lengths, ctx.impl, ctx.precision, wanted)
+        call = (q, a, W, centre, g, *lengths, ctx.impl, ctx.precision, wanted)
         grads = backward_pass(PairwiseAttentionBackward, call, wanted)
         return *grads, None, None, None, None
 

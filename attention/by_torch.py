@@ -32,7 +32,7 @@ def attention(
 def attention_backward(
     q: Tensor,
     a: Tensor,
-    R: Tensor,
+    W: Tensor,
     centre: Tensor,
     g: Tensor,
     q_lengths: Lengths,

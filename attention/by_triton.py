@@ -25,7 +25,7 @@ def attention(
 def attention_backward(
     q: Tensor,
     a: Tensor,
-    R: Tensor,
+    W: Tensor,
     centre: Tensor,
     g: Tensor,
     q_lengths: Lengths,
@@ -33,7 +33,7 @@ def attention_backward(
     precision: str,
     wanted: list[bool],
 ) -> Grads:
-    saved = R, centre if centre.dim() == 2 else None, g
+    saved = W, centre if centre.dim() == 2 else None, g
     dq = da = None
     if wanted[0]:
         dq = pairwise_bwd.attention_gradient(

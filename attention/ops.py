@@ -39,29 +39,30 @@ def _by(impl: str) -> ModuleType:
 def attention_op(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S, and if `save` what "triton" needs for backward: R (B, Q, A up to a multiple of 4), centre (B, D)."""
+    """S, and if `save` what "triton" needs for backward: W (B, Q, A up to a multiple of 8), centre (B, D)."""
     refuse_forward_mode()
-    S, R, centre = _by(impl).attention(q, a, q_lengths, a_lengths, precision, save)
-    return S, or_empty(R, q), or_empty(centre, q)
+    S, W, centre = _by(impl).attention(q, a, q_lengths, a_lengths, precision, save)
+    return S, or_empty(W, q), or_empty(centre, q)
 
 
 @attention_op.register_fake
 def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, impl, _, save = others
     (B, Q, D), A = q.shape, a.shape[1]
-    R = centre = None
+    W = centre = None
     if save and impl == "triton":
-        R = q.new_empty(B, Q, (A + 3) // 4 * 4, dtype=torch.float32)
-        if _by(impl).pairwise.takes_centre(q):
+        kept = _by(impl).pairwise
+        W = q.new_empty(B, Q, kept.kept_columns(A), dtype=kept.kept_dtype(q.dtype))
+        if kept.takes_centre(q):
             centre = q.new_empty(B, D, dtype=torch.float32)
-    return q.new_empty(B, Q, A), or_empty(R, q), or_empty(centre, q)
+    return q.new_empty(B, Q, A), or_empty(W, q), or_empty(centre, q)
 
 
 @custom_op("gatematch::pairwise_attention_backward", mutates_args=())
 def attention_backward_op(
     q: Tensor,
     a: Tensor,
-    R: Tensor,
+    W: Tensor,
     centre: Tensor,
     g: Tensor,
     q_lengths: Lengths,
@@ -72,7 +73,7 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """dL/dq and dL/da for g = dL/dS, empty where not wanted."""
     refuse_tangents(g)
-    grads = _by(impl).attention_backward(q, a, R, centre, g, q_lengths, a_lengths, precision, wanted)
+    grads = _by(impl).attention_backward(q, a, W, centre, g, q_lengths, a_lengths, precision, wanted)
     dq, da = only(grads, wanted)
     return or_empty(dq, q), or_empty(da, a)
 

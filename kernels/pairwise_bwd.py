@@ -1,6 +1,6 @@
 """The gradient of pairwise attention, from what its forward (pairwise.py) saved.
 
-With R = d for far pairs and -d for near ones, k = g S² / d for g = dL/dS, and k = 0 where d = 0,
+With W = S² / d for far pairs, -S² / d for near ones and 0 where d = 0, and k = g |W| for g = dL/dS,
 
     dL/dx_i = (K y)_i - (sum_j k_ij) x_i                  (far pairs: one product a tile, k rounded once)
     dL/dx_i = sum_p [row_p = i] k_p (y_p - x_p)           (near pairs: differences first; the sum over p is
@@ -10,7 +10,7 @@ for (x, y) = (q, a) and again for (a, q). A program owns its block of dL/dx and 
 for the far pairs and, if there are any, once for the near ones (one walk would need more registers than there
 are): no atomics, the same bits in every run.
 
-Shapes: x (B, M, D), y (B, N, D), R (B, Q, A up to a multiple of 4), g (B, Q, A), centre (B, D), lengths (B,).
+Shapes: x (B, M, D), y (B, N, D), W (B, Q, A up to a multiple of 8), g (B, Q, A), centre (B, D), lengths (B,).
 """
 
 import torch
@@ -27,7 +27,6 @@ from .distance import (
     length_of,
     near_words,
     pick,
-    slope,
 )
 from .launch import MAX_STRIDE, layout, packed, product_precision, programs, rows
 from .numerics import as_multiplied
@@ -44,26 +43,26 @@ def of_pairs(i, j, stride, TRANSPOSED: tl.constexpr):
         return i * stride + j
 
 
-@triton.jit(do_not_specialize=["M", "N", "D", *_STRIDES, "stride_rb", "stride_r", "stride_gb", "stride_g"])
+@triton.jit(do_not_specialize=["M", "N", "D", *_STRIDES, "stride_wb", "stride_w", "stride_gb", "stride_g"])
 def pairwise_bwd(
-    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, r_ptr, g_ptr, centre_ptr, dx_ptr,
+    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, w_ptr, g_ptr, centre_ptr, dx_ptr,
     M, N, D,
     stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
-    stride_rb: tl.int64, stride_r: tl.int64, stride_gb: tl.int64, stride_g: tl.int64,
+    stride_wb: tl.int64, stride_w: tl.int64, stride_gb: tl.int64, stride_g: tl.int64,
     VEC_D: tl.constexpr, VEC_G: tl.constexpr, PREC: tl.constexpr, FEW: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K columns of dL/dx for BLOCK_M rows of x.
 
-    TRANSPOSED: x = a, so R and g have rows of y. Strides: of x and y in units of VEC_D elements, of g in
-    VEC_G, of R in 4.
+    TRANSPOSED: x = a, so W and g have rows of y. Strides: of x and y in units of VEC_D elements, of g in
+    VEC_G, of W in 8.
     """
     D *= VEC_D
     stride_x *= VEC_D
     stride_y *= VEC_D
-    stride_r *= 4
+    stride_w *= 8
     stride_g *= VEC_G
-    # The programs of one block of rows come one after the other: they read the same R and g.
+    # The programs of one block of rows come one after the other: they read the same W and g.
     tiles_k = tl.cdiv(D, BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tiles_k
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -74,11 +73,11 @@ def pairwise_bwd(
     y_end = length_of(y_lengths_ptr, b, N)
     x_ptr += b * stride_xb * VEC_D + i0 * stride_x
     y_ptr += b * stride_yb * VEC_D
-    r_ptr += b * stride_rb * 4 + of_pairs(i0, 0, stride_r, TRANSPOSED)
+    w_ptr += b * stride_wb * 8 + of_pairs(i0, 0, stride_w, TRANSPOSED)
     g_ptr += b * stride_gb * VEC_G + of_pairs(i0, 0, stride_g, TRANSPOSED)
     step_x = stride_x.to(tl.int32)
     step_y = stride_y.to(tl.int32)
-    step_r = stride_r.to(tl.int32)
+    step_w = stride_w.to(tl.int32)
     step_g = stride_g.to(tl.int32)
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
@@ -95,11 +94,12 @@ def pairwise_bwd(
     for j0 in range(0, y_end, BLOCK_N):
         in_y = j < y_end - j0
         valid = in_x[:, None] & in_y[None, :]
-        r_at = r_ptr + of_pairs(0, j0, stride_r, TRANSPOSED)
+        w_at = w_ptr + of_pairs(0, j0, stride_w, TRANSPOSED)
         g_at = g_ptr + of_pairs(0, j0, stride_g, TRANSPOSED)
-        d = tl.load(r_at + of_pairs(i[:, None], j[None, :], step_r, TRANSPOSED), valid, other=0.0)
+        w = tl.load(w_at + of_pairs(i[:, None], j[None, :], step_w, TRANSPOSED), valid, other=0.0)
         g = tl.load(g_at + of_pairs(i[:, None], j[None, :], step_g, TRANSPOSED), valid, other=0.0)
-        s = tl.where(d < 0.0, 0.0, slope(g.to(tl.float32), d))
+        w = w.to(tl.float32)
+        s = tl.where(w < 0.0, 0.0, g.to(tl.float32) * w)
         y_at = y_ptr + j0 * stride_y
         if FEW:
             total = add_by_feature(total, s, x_ptr, y_at, in_x, in_y, k, D, step_x, step_y, BLOCK_M, BLOCK_N)
@@ -115,7 +115,7 @@ def pairwise_bwd(
                 s = as_multiplied(s, PREC)
             slopes += tl.sum(s.to(tl.float32), 1)
             total = tl.dot(s, y, total, input_precision=PREC)
-            near_pairs += tl.sum((d < 0.0).to(tl.int32), 1)
+            near_pairs += tl.sum((w < 0.0).to(tl.int32), 1)
     if not FEW:
         x = tl.load(x_ptr + i[:, None] * step_x + k[None, :], in_x[:, None] & in_k[None, :], other=0.0)
         total -= slopes[:, None] * (x.to(tl.float32) - centre[None, :])
@@ -123,11 +123,11 @@ def pairwise_bwd(
             # These loops hold too much to be pipelined: there is rarely more than one turn.
             for j0 in tl.range(0, y_end, BLOCK_N, num_stages=1):
                 valid = in_x[:, None] & (j < y_end - j0)[None, :]
-                r_at = r_ptr + of_pairs(0, j0, stride_r, TRANSPOSED)
+                w_at = w_ptr + of_pairs(0, j0, stride_w, TRANSPOSED)
                 g_at = g_ptr + of_pairs(0, j0, stride_g, TRANSPOSED)
                 y_at = y_ptr + j0 * stride_y
-                d = tl.load(r_at + of_pairs(i[:, None], j[None, :], step_r, TRANSPOSED), valid, other=0.0)
-                near = d < 0.0
+                w = tl.load(w_at + of_pairs(i[:, None], j[None, :], step_w, TRANSPOSED), valid, other=0.0)
+                near = w.to(tl.float32) < 0.0
                 counts = tl.sum(near.to(tl.int32), 1)
                 number = tl.sum(counts, 0)
                 if number > 0:
@@ -137,11 +137,11 @@ def pairwise_bwd(
                         p = p0 + tl.arange(0, BLOCK_P)
                         live = p < number
                         row, column = pick(words, counts, most, p, BLOCK_M)
-                        near_d = -tl.load(r_at + of_pairs(row, column, step_r, TRANSPOSED), live, other=0.0)
+                        near_w = tl.load(w_at + of_pairs(row, column, step_w, TRANSPOSED), live, other=0.0)
                         near_g = tl.load(g_at + of_pairs(row, column, step_g, TRANSPOSED), live, other=0.0)
                         mask = live[:, None] & in_k[None, :]
                         step = differences(y_at, x_ptr, column, row, k, mask, step_y, step_x)
-                        step *= slope(near_g.to(tl.float32), near_d)[:, None]
+                        step *= (-near_w.to(tl.float32) * near_g.to(tl.float32))[:, None]
                         total = add_to_rows(total, row, step, PREC, BLOCK_M)
     dx_at = dx_ptr + (b * M + i0) * D + i[:, None] * D + k[None, :]
     tl.store(dx_at, total.to(dx_ptr.dtype.element_ty), (i < M - i0)[:, None] & in_k[None, :])
@@ -150,7 +150,7 @@ def pairwise_bwd(
 def attention_gradient(
     x: Tensor,
     y: Tensor,
-    R: Tensor,
+    W: Tensor,
     centre: Tensor | None,
     g: Tensor,
     x_lengths: Tensor | None,
@@ -173,8 +173,8 @@ def attention_gradient(
     grid = programs(B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_K"]))
     with torch.cuda.device_of(x):
         pairwise_bwd[grid](
-            x, y, packed(x_lengths), packed(y_lengths), R, g, centre, dx,
-            M, N, D // vec_d, *strides, *(stride // 4 for stride in R.stride()[:2]), *g_strides,
+            x, y, packed(x_lengths), packed(y_lengths), W, g, centre, dx,
+            M, N, D // vec_d, *strides, *(stride // 8 for stride in W.stride()[:2]), *g_strides,
             VEC_D=vec_d, VEC_G=vec_g, PREC=product_precision(x.dtype, precision, arch),
             FEW=D <= DIRECT, TRANSPOSED=of_a,
             **tile.options,

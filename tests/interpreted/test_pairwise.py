@@ -47,11 +47,11 @@ def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
 def test_what_is_kept_past_the_lengths_is_never_read():
     q, a = rows_at_distances(50, torch.float32)
     lengths = torch.tensor([11, 30]), torch.tensor([37, 5])
-    S, R, centre = ops.attention_op(q, a, *lengths, "triton", "float32", True)
-    R[0, 11:] = R[1, :, 5:] = -1.0  # would be near pairs
+    S, W, centre = ops.attention_op(q, a, *lengths, "triton", "float32", True)
+    W[0, 11:] = W[1, :, 5:] = -1.0  # would be near pairs
     g = torch.randn_like(S)
     by = ("triton", "float32", [True, True])
-    grads = ops.attention_backward_op(q, a, R, centre, g, *lengths, *by)
+    grads = ops.attention_backward_op(q, a, W, centre, g, *lengths, *by)
     q, a = q.requires_grad_(), a.requires_grad_()
     want = torch.autograd.grad(exact.pairwise_attention_reference(q, a, *lengths), (q, a), g)
     torch.testing.assert_close(grads, want)
@@ -77,8 +77,8 @@ def test_without_the_centre_an_offset_makes_all_pairs_near(monkeypatch):
     q, a = torch.randn(1, 40, 50) + 10, torch.randn(1, 32, 50) + 10
 
     def near_pairs():
-        _, R, _ = ops.attention_op(q, a, None, None, "triton", "float32", True)
-        return int((R < 0).sum())
+        _, W, _ = ops.attention_op(q, a, None, None, "triton", "float32", True)
+        return int((W < 0).sum())
 
     assert near_pairs() == 0
     monkeypatch.setattr(distance, "OFFSET", tl.constexpr(2.0))
