@@ -93,8 +93,10 @@ def speed(
         cases = chosen(where, filter)
         more: dict[str, Any] = {}
         if where.type == "cuda":
+            from gatematch.bench.ahead import compile_ahead
             from gatematch.bench.ceilings import ceilings
 
+            typer.echo(compile_ahead(cases, where, compiled))
             more["ceilings"] = ceilings(where)
         meta = describe_machine(where) | more
 

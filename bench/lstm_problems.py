@@ -11,9 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from gatematch.lstm import LSTM, LSTMCell
 
-from .problems import Case, Function, Problem, has_compiler
+from .problems import Case, Function, Part, Problem, has_compiler
 
 _WORDS = 1000  # of the matcher's vocabulary
+# Operations that a forward pass of the float64 check may take.
+_CHECKED = 1 << 39
 
 
 def lstm_problem(case: Case, device: torch.device, compiled: bool) -> Problem:
@@ -31,12 +33,14 @@ def lstm_problem(case: Case, device: torch.device, compiled: bool) -> Problem:
     exact.load_state_dict(peer.state_dict())
     first = options.get("batch_first", False)
     x = torch.randn(*((B, T) if first else (T, B)), I, device=device, dtype=case.dtype, requires_grad=True)
-    x64 = x.detach().double().requires_grad_()
+    part = _part(case, device)
+    x64 = (part(x) if part else x).detach().double().requires_grad_()
     lengths = torch.randint(T // 8, T + 1, (B,)) if with_lengths else None
     if lengths is not None:
         lengths[0] = T
+    lengths64 = lengths if lengths is None or part is None else lengths[part.rows.cpu()]
 
-    def packed(module: nn.Module, x: Tensor) -> Tensor:
+    def packed(module: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is None:
             return module(x)[0]
         y, _ = module(pack_padded_sequence(x, lengths, first, enforce_sorted=False))
@@ -44,7 +48,7 @@ def lstm_problem(case: Case, device: torch.device, compiled: bool) -> Problem:
 
     on_device = None if lengths is None else lengths.to(device)
     peers: dict[str, tuple[Function, list[Tensor]]] = {
-        "torch.nn.LSTM": (lambda: packed(peer, x), [x, *peer.parameters()])
+        "torch.nn.LSTM": (lambda: packed(peer, x, lengths), [x, *peer.parameters()])
     }
     skipped = {}
     if loop:
@@ -58,12 +62,27 @@ def lstm_problem(case: Case, device: torch.device, compiled: bool) -> Problem:
         ours=lambda: ours(x, lengths=on_device)[0],
         ours_wrt=[x, *ours.parameters()],
         peers=peers,
-        exact=lambda: packed(exact, x64),
+        exact=lambda: packed(exact, x64, lengths64),
         exact_wrt=[x64, *exact.parameters()],
+        part=part,
+        wrt_parts=(part, *[_whole] * len(list(exact.parameters()))) if part else (),
         skipped=skipped,
         modules=(peer,),
         **_bounds(case),
     )
+
+
+def _part(case: Case, device: torch.device) -> Part | None:
+    """Some rows of the batch, which do not depend on each other, where float64 would take long."""
+    T, B, I, H = (case.shape[letter] for letter in "TBIH")
+    cells = case.options.get("num_layers", 1) * (1 + case.options.get("bidirectional", False))
+    most = max(_CHECKED // (cells * T * 8 * H * (I + H)), 2)
+    rows = Part.of(1, B, most, device).rows
+    return Part(torch.arange(T, device=device), rows) if len(rows) < B else None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _impl(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from .problems import Case, Function, Part, Problem, Work, has_compiler
 # Elements of the differences that the float64 check may hold: 1 GiB.
 _CHECKED = 1 << 27
 _BROADCAST_BYTES = 1 << 29
-_SCORES_BYTES = 1 << 34
+_SCORES_BYTES = 1 << 33
 
 Scores = Callable[[Tensor, Tensor], Tensor]
 
@@ -121,7 +121,7 @@ def pairwise_problem(case: Case, device: torch.device, compiled: bool) -> Proble
     functions = {name: of_scores(op, normalize, scores) for name, scores in names.items()}
     fused = {"compiled expansion": of_scores(op, normalize, expansion)}
     if op == "attend" and 4 * B * Q * A > _SCORES_BYTES:
-        skipped |= dict.fromkeys([*functions, *fused], "its S would take over 16 GiB")
+        skipped |= dict.fromkeys([*functions, *fused], "its S would take over 8 GiB")
         functions, fused = {}, {}
     if op == "attend" and normalize == "rows" and device.type == "cuda":  # its backward has no CPU kernel
         fused["FlexAttention"] = flex

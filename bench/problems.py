@@ -46,7 +46,8 @@ class Case:
 class Part:
     """Some rows of some batches of (B, Q, ...): what is compared with float64 where all would be too much.
 
-    The first and the last of both are always among them: that is where a wrong offset shows.
+    The first and the last of both are always among them: that is where a wrong offset shows. Of an LSTM they
+    are all steps of some rows of the batch.
     """
 
     batches: Tensor
@@ -105,6 +106,10 @@ class Problem:
     work: dict[str, Work] = field(default_factory=dict)
     # Peers that keep more in training than a pass without gradients needs.
     modules: tuple[nn.Module, ...] = ()
+
+
+# Peers that torch.compile makes.
+COMPILED = "compiled expansion", "compiled loop", "FlexAttention"
 
 
 def has_compiler() -> bool:

@@ -13,55 +13,58 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from math import ceil, inf
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
 
-# Seconds more for the seventh round.
-_PATIENCE = 5.0
+# Rounds at least. On a GPU time is rare, and its events scatter less than the clock of a busy host.
+_ROUNDS = {"cpu": 7, "cuda": 3}
+# Seconds: a sample of shorter calls repeats them; before longer ones nothing has to keep the device busy,
+# since what the host takes to issue them does not show.
+_SHORT, _LONG = 1e-3, 5e-2
 Call = Callable[[], Any]
-Sampler = Callable[[Call, int], float]
+Sampler = Callable[[], float]
 
 
 def measure(
     functions: Mapping[str, Call], seconds: float, device: torch.device, timing: str = "warm"
 ) -> dict[str, np.ndarray]:
-    """Seconds per call, one sample of each function a round, for at least `seconds` and 7 rounds; on a GPU,
-    whose time is rare, 3 where 7 would take much longer.
+    """Seconds per call, one sample of each function a round, for at least `seconds` and 7 rounds, on a GPU 3.
 
     A sample repeats a function that is short, for about a millisecond; a cold one cannot be repeated.
     """
-    samplers: dict[str, Sampler] = {}
-    repeats = {}
+    samplers = {}
     for name, function in functions.items():
         function()
         samplers[name] = _sampler(function, device, timing)
-        shortest = min(samplers[name](function, 1) for _ in range(3))
-        repeats[name] = 1 if timing == "cold" else max(1, min(200, int(1e-3 / shortest)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     # Whoever follows a function finds the caches as that one left them: a new order every round.
     shuffle = np.random.default_rng(0).permutation
     names = list(functions)
-    late = end + (_PATIENCE if device.type == "cuda" else inf)
-    while (rounds := len(samples[names[0]])) < 3 or time.perf_counter() < (late if rounds < 7 else end):
+    while len(samples[names[0]]) < _ROUNDS[device.type] or time.perf_counter() < end:
         for name in shuffle(names).tolist():
-            samples[name].append(samplers[name](functions[name], repeats[name]))
+            samples[name].append(samplers[name]())
     return {name: np.array(times) for name, times in samples.items()}
 
 
 def _sampler(function: Call, device: torch.device, timing: str) -> Sampler:
-    if device.type != "cuda":
-        return _host_seconds
     if timing == "cold":
         return _ColdSampler(function, device)
-    # Behind a call of its own: a long one would else be charged for what the host needs to issue it.
-    return lambda function, repeat: device_seconds(function, device, repeat, before=function)
+    timed = device_seconds if device.type == "cuda" else _host_seconds
+    shortest = timed(function, device)
+    if shortest < _SHORT:
+        shortest = min(shortest, *(timed(function, device) for _ in range(2)))
+    repeat = max(1, min(200, int(_SHORT / shortest)))
+    if device.type == "cuda" and shortest < _LONG:
+        # Behind a call of its own, or it would be charged for what the host needs to issue it.
+        return lambda: device_seconds(function, device, repeat, before=function)
+    return lambda: timed(function, device, repeat)
 
 
-def _host_seconds(function: Call, repeat: int) -> float:
+def _host_seconds(function: Call, device: torch.device, repeat: int = 1) -> float:
     start = time.perf_counter()
     for _ in range(repeat):
         function()
@@ -87,7 +90,7 @@ class _ColdSampler:
     """Writes through L2 before each call, often enough that the host has issued the call meanwhile."""
 
     def __init__(self, function: Call, device: torch.device) -> None:
-        self.device = device
+        self.function, self.device = function, device
         size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 28)
         self.cache = torch.empty(size, dtype=torch.int8, device=device)
         torch.cuda.synchronize(device)
@@ -97,8 +100,8 @@ class _ColdSampler:
         write = min(device_seconds(self.cache.zero_, device) for _ in range(3))
         self.writes = 1 + ceil(1.5 * issue / write)
 
-    def __call__(self, function: Call, repeat: int) -> float:
-        return device_seconds(function, self.device, repeat, self._flush)
+    def __call__(self) -> float:
+        return device_seconds(self.function, self.device, before=self._flush)
 
     def _flush(self) -> None:
         for _ in range(self.writes):

@@ -281,7 +281,7 @@ def on_cpu(monkeypatch):
 
 def test_wrong_options(on_cpu, tmp_path):
     for arguments, words in (
-        (("--stage", "test"), "--stage must be of tests, speed-lstm-bfloat16"),
+        (("--stage", "test"), "--stage must be of tests, speed-lstm, speed-pairwise"),
         (("--tests", tmp_path / "none.py"), "--tests must be a file of tests"),
         (("--json", tmp_path), "--json must be a file"),
     ):
