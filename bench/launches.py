@@ -24,6 +24,7 @@ from gatematch.kernels import (
     pairwise_stream,
 )
 from gatematch.kernels.config import Config
+from gatematch.kernels.pairwise_parts import parts_of
 from gatematch.kernels.pairwise_prepare import Side, prepare
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
 
@@ -105,15 +106,22 @@ def _pairwise_fwd(sample: Sample) -> Launch:
     )[:1]
 
 
+def _pairwise_parts(sample: Sample) -> Launch:
+    x, lengths = sample.rows("M"), sample.lengths("M")
+    number = 2 if (sample.dtype, sample.precision) == (torch.float32, "float32") else 1
+    centre = x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) if sample.training else None
+    return lambda: parts_of(x, x, lengths, lengths, centre, number=number)[2:]
+
+
 def _pairwise_bwd(sample: Sample) -> Launch:
     q, a, precision = sample.rows("Q"), sample.rows("A"), sample.precision
     ends = sample.lengths("Q"), sample.lengths("A")
-    S, R, centre = pairwise.attention_forward(q, a, *ends, save=True)
-    assert R is not None
+    S, W, centre = pairwise.attention_forward(q, a, *ends, save=True)
+    assert W is not None
     g = torch.randn_like(S)
     return lambda: (
-        pairwise_bwd.attention_gradient(q, a, R, centre, g, *ends, of_a=False, precision=precision),
-        pairwise_bwd.attention_gradient(a, q, R, centre, g, *ends[::-1], of_a=True, precision=precision),
+        pairwise_bwd.attention_gradient(q, a, W, centre, g, *ends, of_a=False, precision=precision),
+        pairwise_bwd.attention_gradient(a, q, W, centre, g, *ends[::-1], of_a=True, precision=precision),
     )
 
 
@@ -220,6 +228,8 @@ def _lstm_step_bwd(sample: Sample) -> Launch:
 # kernel needs a line here and entries in kernels/configs.
 LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
     "pairwise_fwd": _pairwise_fwd,
+    "pairwise_parts": _pairwise_parts,
+    "pairwise_tiles_fwd": _pairwise_fwd,
     "pairwise_bwd": _pairwise_bwd,
     "pairwise_prepare": _pairwise_prepare,
     "pairwise_stream_fwd": _pairwise_stream_fwd,

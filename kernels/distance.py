@@ -56,15 +56,27 @@ def centre_of(rows_ptr, k, D, end, stride):
 @triton.jit
 def has_offset(rows_ptr, D, end, stride):
     """Whether the rows share a large offset; fewer than SAMPLES would always seem to."""
+    centred, _ = offset_and_size(rows_ptr, D, end, stride)
+    return centred
+
+
+@triton.jit
+def offset_and_size(rows_ptr, D, end, stride):
+    """Whether the rows share a large offset, and the largest feature of a sample of them without it."""
     BLOCK: tl.constexpr = 128
     of_centre = tl.zeros((BLOCK,), tl.float32)
     of_rows = tl.zeros((SAMPLES, BLOCK), tl.float32)
+    largest = tl.zeros((SAMPLES, BLOCK), tl.float32)
+    largest_centred = tl.zeros((SAMPLES, BLOCK), tl.float32)
     for k0 in range(0, D, BLOCK):
         x = sample(rows_ptr, k0 + tl.arange(0, BLOCK), D, end, stride)
         centre = tl.sum(x, 0) / SAMPLES
         of_centre += centre * centre
         of_rows += x * x
-    return (tl.sum(of_centre, 0) > OFFSET / SAMPLES * tl.sum(tl.sum(of_rows, 1), 0)) & (end >= SAMPLES)
+        largest = tl.maximum(largest, tl.abs(x))
+        largest_centred = tl.maximum(largest_centred, tl.abs(x - centre[None, :]))
+    centred = (tl.sum(of_centre, 0) > OFFSET / SAMPLES * tl.sum(tl.sum(of_rows, 1), 0)) & (end >= SAMPLES)
+    return centred, tl.max(tl.max(tl.where(centred, largest_centred, largest), 1), 0)
 
 
 @triton.jit

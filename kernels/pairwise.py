@@ -41,9 +41,13 @@ from .distance import (
     without_near,
 )
 from .launch import MAX_STRIDE, layout, multiprocessors, packed, product_precision, programs, rows, width
+from .pairwise_parts import parts_of
+from .pairwise_tiles import tiles_forward
 
 # The rows of q are loaded once a run: it has at least SHORT columns, and LONG ones cost next to nothing.
 SHORT, LONG = 256, 1024
+# From so many rows on both sides they are prepared first: see pairwise_tiles.py.
+PREPARED = 128
 # The second walk reads so many columns at a time: a row's near ones are the bits of an integer.
 NEAR = tl.constexpr(32)
 
@@ -243,6 +247,13 @@ def attention_forward(
     W = q.new_empty(B, Q, kept_columns(A), dtype=kept_dtype(q.dtype)) if save else None
     centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     if S.numel() == 0:
+        return S, W, centre
+    if D > DIRECT and min(Q, A) >= PREPARED:
+        number = 2 if q.dtype == torch.float32 and precision == "float32" else 1
+        y = parts_of(a, a, a_lengths, a_lengths, centre, number=number)
+        same = q is a and q_lengths is a_lengths
+        x = y if same else parts_of(q, a, q_lengths, a_lengths, None, number=number)
+        tiles_forward(x, y, S, W)
         return S, W, centre
     arch = config.architecture(q.device)
     tile = config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
