@@ -1,8 +1,9 @@
 """`gatematch-bench gpu`: what only a GPU can show, stage by stage, in one results file.
 
 A stage is a process of its own, with a limit to its time, so that one that hangs or dies leaves the others
-and what is already written. Beside the results file FILE.json lie FILE-STAGE.log, all that the stage printed,
-and FILE-STAGE.json or .xml, its own results.
+and what is already written. Those that time nothing run side by side: most of what they do is compiling.
+Beside the results file FILE.json lie FILE-STAGE.log, all that the stage printed, and FILE-STAGE.json or .xml,
+its own results.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
@@ -48,21 +52,22 @@ def _speed(cases: str) -> tuple[str, ...]:
     return _bench("speed", "--device", "cuda", "--seconds", "0.1", "--filter", cases)
 
 
-# Arguments of this Python. What most depends on comes first, should time run out.
+# Arguments of this Python. Of those that run alone what most depends on comes first, should time run out.
 STAGES = {
     "tests": _pytest(
         "not same_bits",
         *(("-n", str(PROCESSES), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()),
     ),
-    "speed-lstm": _speed("lstm/"),
-    "speed-pairwise": _speed("pairwise/"),
-    "barrier": _bench("barrier", "--device", "cuda"),
-    "expansion": _bench("expansion", "--device", "cuda"),
     "check": _bench("check", "--device", "cuda"),
+    "expansion": _bench("expansion", "--device", "cuda"),
     "sanitizer": ("-m", "gatematch.bench.compute_sanitizer", "{results}"),
     "determinism": _pytest("same_bits"),
+    "barrier": _bench("barrier", "--device", "cuda"),
+    "speed-lstm": _speed("lstm/"),
+    "speed-pairwise": _speed("pairwise/"),
     "compile": _bench("kernels", "--arch", "{arch}", "--jobs", str(CORES)),
 }
+TOGETHER = ("tests", "check", "expansion", "sanitizer", "determinism")
 # Processes side by side need no threads.
 ENVIRONMENT = {"tests": {"OMP_NUM_THREADS": "1"}}
 # What of two calls must be equal for their results to lie in one file.
@@ -87,14 +92,23 @@ def run_gpu(
     arch = architecture(device)
     meta = describe_machine(device) | {"arch": arch}
     rows = _earlier(results, meta)
-    done = []
-    with _nothing_left_behind():
-        for n, name in enumerate(chosen, 1):
-            print(f"== {name}, stage {n} of {len(chosen)}", flush=True)
-            rows[name] = run_stage(name, arch, results, limit, tests)
-            done.append(rows[name][0])
-            write_results(results, meta, [row for stage in STAGES for row in rows.get(stage, [])])
-    return done
+    side_by_side = [name for name in chosen if name in TOGETHER]
+    groups = [side_by_side] * bool(side_by_side) + [[name] for name in chosen if name not in TOGETHER]
+    with _told_to_end():
+        for group in groups:
+            print(f"== {', '.join(group)} of {len(chosen)} stages", flush=True)
+            stopped = threading.Event()
+            run = partial(run_stage, arch=arch, results=results, limit=limit, tests=tests, stopped=stopped)
+            with ThreadPoolExecutor(len(group)) as pool:
+                try:
+                    futures = {pool.submit(run, name): name for name in group}
+                    for future in as_completed(futures):
+                        rows[futures[future]] = future.result()
+                        every = [row for stage in STAGES for row in rows.get(stage, [])]
+                        write_results(results, meta, every)
+                finally:
+                    stopped.set()
+    return [rows[name][0] for name in chosen]
 
 
 def _earlier(results: Path, meta: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -108,7 +122,9 @@ def _earlier(results: Path, meta: dict[str, Any]) -> dict[str, list[dict[str, An
     return rows
 
 
-def run_stage(name: str, arch: str, results: Path, limit: float, tests: Path) -> list[dict[str, Any]]:
+def run_stage(
+    name: str, arch: str, results: Path, limit: float, tests: Path, stopped: threading.Event
+) -> list[dict[str, Any]]:
     """The stage's own row, then those that it wrote."""
     row: dict[str, Any] = {"case": f"gpu/{name}", "stage": name}
     if reason := _obstacle(name, arch):
@@ -119,7 +135,7 @@ def run_stage(name: str, arch: str, results: Path, limit: float, tests: Path) ->
     words = {"arch": arch, "results": own, "junit": junit, "tests": tests, "patience": PATIENCE}
     command = [sys.executable, *(argument.format(**words) for argument in STAGES[name])]
     began = time.monotonic()
-    code = _run(command, {**os.environ, **ENVIRONMENT.get(name, {})}, log, limit)
+    code = _run(command, {**os.environ, **ENVIRONMENT.get(name, {})}, log, limit, stopped)
     row["seconds"] = round(time.monotonic() - began, 1)
     found, written = _found(junit, own)
     last = _last_words(log)
@@ -141,7 +157,9 @@ def _obstacle(name: str, arch: str) -> str | None:
     return None
 
 
-def _run(command: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:
+def _run(
+    command: list[str], environment: dict[str, str], log: Path, limit: float, stopped: threading.Event
+) -> int | None:
     """Exit code, or None where time ran out. The process writes its log itself, and we show what is there."""
     with log.open("wb") as out, log.open("rb") as shown:
         # In a group of its own, so that all that it starts is ended with it.
@@ -152,14 +170,12 @@ def _run(command: list[str], environment: dict[str, str], log: Path, limit: floa
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # Under nohup SIGINT is ignored, which a process passes on, and a stage could not be asked to end.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
-            if _ended(child, limit, shown):
+            if _ended(child, limit, shown, stopped):
                 return child.returncode
             os.killpg(child.pid, signal.SIGINT)
-            _ended(child, GRACE, shown)
+            _ended(child, GRACE, shown, stopped)
             return None
         finally:
             # A process that the driver holds may outlive even this: it is not waited for long.
@@ -169,11 +185,11 @@ def _run(command: list[str], environment: dict[str, str], log: Path, limit: floa
             _show(shown)
 
 
-def _ended(child: subprocess.Popen[bytes], seconds: float, shown: BinaryIO) -> bool:
-    """Whether it ends within so many seconds; what it prints meanwhile is shown."""
+def _ended(child: subprocess.Popen[bytes], seconds: float, shown: BinaryIO, stopped: threading.Event) -> bool:
+    """Whether it ends within so many seconds and before we are stopped; what it prints meanwhile is shown."""
     until = time.monotonic() + seconds
     while child.poll() is None:
-        if time.monotonic() > until:
+        if time.monotonic() > until or stopped.is_set():
             return False
         _show(shown)
         time.sleep(0.05)
@@ -186,14 +202,18 @@ def _show(log: BinaryIO) -> None:
 
 
 @contextmanager
-def _nothing_left_behind() -> Iterator[None]:
-    """Being told to end, or losing the terminal, ends the stage too: it would go on using the device."""
+def _told_to_end() -> Iterator[None]:
+    """Being told to end, or losing the terminal, ends the stages too: they would go on using the device.
+
+    That SIGINT is handled here lets a stage be asked to end by it: under nohup it is ignored, which processes
+    pass on.
+    """
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     before: dict[int, Callable[..., Any] | int | None] = {
-        number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)
+        number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         yield

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,7 @@ def test_what_becomes_of_a_stage(stages, capfdbinary):
     assert written["rows"][1]["failed_tests"] == ["test_c", "test_d"] and written["rows"][2]["rows"] == 2
     assert path.with_name("gpu-rows.log").read_text() == "table\nresults: x.json\n"
     shown = capfdbinary.readouterr().out
-    assert b"== rows, stage 3 of 10\ntable\nresults: x.json\n==" in shown and b"device lost" in shown
+    assert b"== rows of 10 stages\ntable\nresults: x.json\n==" in shown and b"device lost" in shown
     cells = list(gpu.gpu_table(rows).columns[3].cells)
     assert cells[:2] == ["2 passed, 1 skipped", "2 passed, 2 failed: test_c, test_d"]
 
@@ -150,19 +152,51 @@ def test_a_stage_that_ends_when_it_is_asked_to_keeps_what_it_has(stages):
     assert len(results.read_results(path)["rows"]) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_being_told_to_end_ends_the_stage_too(number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_being_told_to_end_ends_the_stages_too(number, stages, tmp_path, monkeypatch):
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended, gpu._nothing_left_behind():
+    monkeypatch.setattr(gpu, "TOGETHER", ("one", "other"))
+    waiting_on = "import os, time; open({path!r}, 'w').close(); time.sleep(600)"
+    begun = [tmp_path / "one.begun", tmp_path / "other.begun"]
+    one, other = (waiting_on.format(path=str(path)) for path in begun)
+
+    def tell():
+        while not all(path.exists() for path in begun):
+            time.sleep(0.01)
         os.kill(os.getpid(), number)
+
+    threading.Thread(target=tell).start()
+    began = time.monotonic()
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    with pytest.raises(SystemExit) as ended:
+        run(stages(one=one, other=other, after=ROWS), limit=600)
     assert ended.value.code == 128 + number and signal.getsignal(number) == before
+    assert time.monotonic() - began < 60 and not (tmp_path / "gpu-after.log").exists()
+
+
+def test_stages_that_time_nothing_run_side_by_side(stages, tmp_path, monkeypatch):
+    """Each of the two waits for the other to have begun; the third begins when both have ended."""
+    monkeypatch.setattr(gpu, "TOGETHER", ("a", "c"))
+    met = f"""
+import pathlib, sys, time
+here = pathlib.Path({str(tmp_path)!r})
+(here / (sys.argv[0] + ".begun")).touch()
+while len(list(here.glob("*.begun"))) < 2: time.sleep(0.01)
+{ROWS}
+(here / (sys.argv[0] + ".ended")).touch()
+"""
+    after = f"import pathlib; assert len(list(pathlib.Path({str(tmp_path)!r}).glob('*.ended'))) == 2; {ROWS}"
+    rows = run(stages(a=met, b=after, c=met))
+    assert [(row["stage"], row["status"]) for row in rows] == [(name, "passed") for name in "abc"]
+    cases = [row["case"] for row in results.read_results(tmp_path / "gpu.json")["rows"]]
+    assert cases == ["gpu/a", "x", "y", "gpu/b", "x", "y", "gpu/c", "x", "y"]
 
 
 # --- the stages themselves ---
 
 
 def test_nothing_is_compiled_ahead_for_an_architecture_without_a_list(tmp_path):
-    (row,) = gpu.run_stage("compile", "sm_103", tmp_path / "gpu.json", 60, TESTS)
+    (row,) = gpu.run_stage("compile", "sm_103", tmp_path / "gpu.json", 60, TESTS, threading.Event())
     assert row["status"] == "not available" and "sm_90" in row["reason"] and "this is sm_103" in row["reason"]
     assert not list(tmp_path.iterdir())
 
@@ -197,8 +231,8 @@ def test_stages_of_tests_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PATIENCE", 0.5)
     path = tmp_path / "test_some.py"
     path.write_text(SOME_TESTS)
-    (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path)
-    (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path)
+    (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
+    (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
     assert (others["what"], others["reason"]) == ("1 passed, 1 failed, 1 skipped", "test_wrong")
     assert (same["status"], same["what"]) == ("passed", "1 passed")
     log = (tmp_path / "gpu-determinism.log").read_text()
@@ -231,8 +265,8 @@ def test_a_process_that_loses_the_device_takes_no_other_tests_with_it(tmp_path):
     (tmp_path / "torch.py").write_text(TORCH)  # in the place of the other, beside conftest.py
     path = tmp_path / "test_losing.py"
     path.write_text(LOSING)
-    (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path)
-    (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path)
+    (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
+    (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
     assert (others["passed"], others["failed_tests"]) == (19, ["test_some[3]"])
     assert (same["status"], same["passed"], same["failed"]) == ("failed", 1, 1)
     assert "the CUDA device is lost: an illegal" in (tmp_path / "gpu-determinism.log").read_text()
@@ -281,7 +315,7 @@ def on_cpu(monkeypatch):
 
 def test_wrong_options(on_cpu, tmp_path):
     for arguments, words in (
-        (("--stage", "test"), "--stage must be of tests, speed-lstm, speed-pairwise"),
+        (("--stage", "test"), "--stage must be of tests, check, expansion"),
         (("--tests", tmp_path / "none.py"), "--tests must be a file of tests"),
         (("--json", tmp_path), "--json must be a file"),
     ):
