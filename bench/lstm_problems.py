@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.backends.cudnn.rnn as cudnn_rnn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -27,6 +28,8 @@ def lstm_problem(case: Case, device: torch.device, compiled: bool) -> Problem:
     options = dict(case.options)
     with_lengths, loop = options.pop("lengths", False), options.pop("compiled", False)
     peer = nn.LSTM(I, H, device=device, dtype=case.dtype, **options)
+    if device.type == "cuda" and case.dtype == torch.bfloat16 and torch.backends.cudnn.is_available():
+        flatten(peer)
     ours = LSTM(I, H, device=device, dtype=case.dtype, impl=_impl(device), **options)
     ours.load_state_dict(peer.state_dict())
     exact = nn.LSTM(I, H, device=device, dtype=torch.float64, **options)
@@ -83,6 +86,26 @@ def _part(case: Case, device: torch.device) -> Part | None:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def flatten(peer: nn.LSTM) -> None:
+    """Its weights as the one piece of memory that cuDNN wants, or else copies in every call.
+
+    What `peer.flatten_parameters` does, which leaves out bfloat16 (torch 2.13).
+    """
+    weights = peer._flat_weights
+    with torch.no_grad(), torch.cuda.device_of(weights[0]):
+        torch._cudnn_rnn_flatten_weight(
+            weights,
+            (4 if peer.bias else 2) + (peer.proj_size > 0),
+            peer.input_size,
+            cudnn_rnn.get_cudnn_mode(peer.mode),
+            peer.hidden_size,
+            peer.proj_size,
+            peer.num_layers,
+            peer.batch_first,
+            bool(peer.bidirectional),
+        )
 
 
 def _impl(device: torch.device) -> str:

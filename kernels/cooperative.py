@@ -1,6 +1,7 @@
-"""Programs of one launch that run all at once and wait for each other, for lstm_persistent.py."""
+"""Programs of one launch that run all at once, wait for each other and multiply what all have stored by
+weights that stay, for lstm_persistent.py."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import triton
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import config
+from .numerics import as_multiplied
 from .recurrence import processors, slices
 
 _HAS_POLL = tl.constexpr(hasattr(tl, "atomic_poll"))
@@ -22,41 +24,95 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def wait_for(counter_ptr, PROGRAMS: tl.constexpr):
-    """Wait until all have arrived."""
+def wait_for(counter_ptr, arrivals):
+    """Wait until so many have arrived."""
     if _HAS_POLL:
-        tl.atomic_poll(counter_ptr, PROGRAMS, sem="acquire", scope="gpu")
+        tl.atomic_poll(counter_ptr, arrivals, sem="acquire", scope="gpu")
     else:
-        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < PROGRAMS:
+        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
             pass
 
 
+@triton.jit
+def resident_weights(w_ptr, at, step, PREC: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr):
+    """The chunks of W that stay; columns are `step` apart."""
+    w = ()
+    for j in tl.static_range(CHUNKS):
+        w += (as_multiplied(tl.load(w_ptr + at + j * BLOCK_K * step), PREC),)
+    return w
+
+
+@triton.jit
+def product(
+    w, w_ptr, w_at, step, x_ptr, x_at, K,
+    PREC: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    RESIDENT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """W [ROWS, COLUMNS] xᵀ of what others have stored, x [BLOCK_B, COLUMNS]; zeros from K on.
+
+    AHEAD: chunks of BLOCK_K columns that are on their way before the product with the first.
+    """
+    CHUNKS: tl.constexpr = RESIDENT // BLOCK_K
+    chunks = ()
+    for j in tl.static_range(AHEAD):
+        chunks += (tl.load(x_ptr + x_at + j * BLOCK_K, cache_modifier=".cg"),)
+    z = tl.zeros((ROWS, BLOCK_B), tl.float32)
+    for j in tl.static_range(CHUNKS):
+        if j + AHEAD < CHUNKS:
+            chunks += (tl.load(x_ptr + x_at + (j + AHEAD) * BLOCK_K, cache_modifier=".cg"),)
+        z = tl.dot(w[j], tl.trans(chunks[j]), z, input_precision=PREC)
+    if RESIDENT < COLUMNS:
+        for k0 in tl.range(RESIDENT, K, BLOCK_K, num_stages=3):
+            streamed = as_multiplied(tl.load(w_ptr + w_at + k0 * step), PREC)
+            chunk = tl.load(x_ptr + x_at + k0, cache_modifier=".cg")
+            z = tl.dot(streamed, tl.trans(chunk), z, input_precision=PREC)
+    return z
+
+
+def height(tile: config.Config, HP: int, backward: bool) -> int:
+    """BLOCK_H, or less of it where programs, backward four at a time, would not divide HP."""
+    return min(tile.blocks["BLOCK_H"], (HP & -HP) // (4 if backward else 1))
+
+
+def fitted(
+    tile: config.Config, HP: int, precision: str, arch: str, backward: bool = False
+) -> dict[str, int | bool]:
+    """The options of a launch, with units and chunks of columns that divide HP."""
+    chunk, resident = tile.blocks["BLOCK_K"], tile.blocks["RESIDENT"]
+    if precision == "tf32x3":
+        # Its operands are there twice, rounded and what that left.
+        chunk, resident = chunk // 2, resident // 2
+        if arch.startswith(("sm_10", "sm_11")):
+            # The compiler would keep W in registers and copy it to tensor memory in each step.
+            resident = 0
+    chunk = min(chunk, HP & -HP)
+    resident = min(resident, HP) // chunk * chunk
+    BLOCK_H = height(tile, HP, backward)
+    # Where a product adds to another one, wgmma is not taken unless each warp has 16 rows of its own.
+    warps = tile.num_warps if resident == chunk == HP else min(tile.num_warps, max(BLOCK_H // 4, 4))
+    return {
+        **tile.options,
+        "num_warps": warps,
+        "BLOCK_H": BLOCK_H,
+        "BLOCK_K": chunk,
+        "RESIDENT": resident,
+        "AHEAD": min(tile.blocks["AHEAD"], resident // chunk),
+        "launch_cooperative_grid": True,
+    }
+
+
 def launches(
-    tile: config.Config, like: Tensor, N: int, T: int, B: int, HP: int, columns: int
+    options: Mapping[str, int], like: Tensor, N: int, T: int, B: int, HP: int, columns: int
 ) -> Iterator[tuple[tuple[int, int, int], Tensor, Tensor, int, int]]:
     """Grid, exchange, counters, first block and first direction of each launch."""
-    BLOCK_B, programs = tile.blocks["BLOCK_B"], HP // tile.blocks["BLOCK_H"]
-    if programs * tile.blocks["BLOCK_H"] != HP:
-        raise RuntimeError(f"BLOCK_H must divide {HP}; got {tile.blocks['BLOCK_H']}")
+    BLOCK_B, programs = options["BLOCK_B"], HP // options["BLOCK_H"]
     blocks = triton.cdiv(B, BLOCK_B)
     for first_block, at_once, first_direction, together in slices(
         blocks, N, programs, processors(like.device)
     ):
         exchange = like.new_empty(2, together, at_once, BLOCK_B, columns)
-        counters = torch.zeros(together, at_once, T + 2, dtype=torch.int32, device=like.device)
+        counters = torch.zeros(together, at_once, T + 2 + programs, dtype=torch.int32, device=like.device)
         yield (programs, at_once, together), exchange, counters, first_block, first_direction
-
-
-def fitted(tile: config.Config, columns: int, precision: str) -> dict[str, int | bool]:
-    """The options of a launch, with chunks that divide the columns of the product."""
-    chunk = min(tile.blocks["BLOCK_K"], columns & -columns)
-    resident = tile.blocks["RESIDENT"]
-    if precision == "tf32x3":
-        resident //= 2  # its operands are there twice, rounded and what that left
-    resident = min(resident, columns) // chunk * chunk
-    ahead = min(tile.blocks["AHEAD"], resident // chunk)
-    fitted = {"BLOCK_K": chunk, "RESIDENT": resident, "AHEAD": ahead}
-    return {**tile.options, **fitted, "launch_cooperative_grid": True}
 
 
 def padded_weights(weights: Sequence[Tensor], HP: int) -> tuple[Tensor, Tensor]:

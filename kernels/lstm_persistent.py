@@ -4,19 +4,26 @@ Equations, time and tiles: see recurrence.py. A program owns BLOCK_H hidden unit
 BLOCK_B rows of the batch, and keeps its 4·BLOCK_H rows of W_hh in shared memory for the whole sequence:
 
     zᵀ [4·BLOCK_H, BLOCK_B] = W_slice [4·BLOCK_H, H] hᵀ [H, BLOCK_B]          (forward: one product a step)
-    dhᵀ [BLOCK_H, BLOCK_B] = W_sliceᵀ [BLOCK_H, 4H] dzᵀ [4H, BLOCK_B]         (backward: the same, mirrored)
 
-The programs of one block of rows and direction exchange h_t (dz_t) through L2, in two buffers used in
-turn, and wait for each other once a step at a counter, of which each step has its own. A program that has
-passed the counter of a step knows that all others have read the buffer of the step before: it may be written
-again. The launch is cooperative and has at most one program per multiprocessor, so that all of them run at
-once; a larger batch takes several launches. What no other program needs (y, what is saved, the next z) is
-stored and loaded between arriving at a counter and waiting there.
+The programs of one block of rows and direction exchange h_t through L2, in two buffers used in turn, and wait
+for each other once a step at a counter, of which each step has its own. A program that has passed the counter
+of a step knows that all others have read the buffer of the step before: it may be written again. The launch
+is cooperative and has at most one program per multiprocessor, so that all of them run at once; a larger batch
+takes several launches. What no other program needs (y, what is saved, the next z) is stored and loaded
+between arriving at a counter and waiting there.
 
 Of a W_slice that does not fit, the columns past RESIDENT are read again in every step.
 
-The backward product is cut into one part of the sum over 4H for each warp, since with few rows of output
-every warp would otherwise compute all of it.
+**Backward** a program has to know dh of its units, a sum over the units of all four gates: of dz, which is
+exchanged as h is forward, it would have to read four times as much. So the sum is cut by gates. Four programs
+that are neighbours take one gate each, for the units of all four, and exchange what they found, added up in
+the order of the gates:
+
+    partial dhᵀ [4·BLOCK_H, BLOCK_B] = W_gateᵀ [4·BLOCK_H, H] dz_gateᵀ [H, BLOCK_B]
+
+That is a product like the forward one. The four wait for each other at a counter of their own, which goes on
+counting. The partial sums need one buffer: before a program writes there again it passes the next step's
+counter of all, where the others arrive with what they have read.
 
 **Saved for backward.** The activated gates, stored over z, which nobody needs any more, and c_t in float32:
 4H values in storage dtype and H in float32 a row, read once in backward. Computing them again instead would
@@ -25,7 +32,8 @@ read z and h and take another product of the size of the recurrence.
 No floating-point atomics: the same bits in every run.
 
 Shapes: z, gates, dz (N, T, B, 4H), W_hh (4H, H), y (T, B, N·H), cells (N, T, B, H), states (N, B, H),
-exchange (2, N, blocks of rows, BLOCK_B, HP or 4·HP) for HP, H rounded up, counters (N, blocks, T + 2).
+exchange (2, N, blocks of rows, BLOCK_B, HP or 4·HP) for HP, H rounded up, partial sums (N, blocks, programs,
+BLOCK_B, 4·BLOCK_H), counters (N, blocks, T + 2 + programs) for HP/BLOCK_H programs.
 """
 
 from collections.abc import Sequence
@@ -36,7 +44,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .cooperative import arrive, fitted, launches, padded_weights, wait_for
+from .cooperative import (
+    arrive,
+    fitted,
+    height,
+    launches,
+    padded_weights,
+    product,
+    resident_weights,
+    wait_for,
+)
 from .launch import product_precision
 from .numerics import as_multiplied
 from .recurrence import (
@@ -46,7 +63,6 @@ from .recurrence import (
     padded,
     split_gates,
     store_gates,
-    taken_apart,
     uniform,
     update,
     update_gradient,
@@ -65,12 +81,8 @@ def lstm_persistent_fwd(
     BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """All steps of BLOCK_H units of BLOCK_B rows in one direction.
-
-    AHEAD: chunks of BLOCK_K features of h that are on their way before the product with the first.
-    """
+    """All steps of BLOCK_H units of BLOCK_B rows in one direction."""
     PROGRAMS: tl.constexpr = HP // BLOCK_H
-    CHUNKS: tl.constexpr = RESIDENT // BLOCK_K
     dtype = y_ptr.dtype.element_ty
     d = tl.program_id(2) + first_direction
     u0 = tl.program_id(0) * BLOCK_H
@@ -84,9 +96,7 @@ def lstm_persistent_fwd(
     # Row r of the slice is gate r // BLOCK_H of unit r % BLOCK_H.
     r = tl.arange(0, 4 * BLOCK_H)
     w_at = ((r // BLOCK_H) * HP + u0 + r % BLOCK_H)[:, None] * HP + k[None, :]
-    w = ()
-    for j in tl.static_range(CHUNKS):
-        w += (as_multiplied(tl.load(w_ptr + w_at + j * BLOCK_K), PREC),)
+    w = resident_weights(w_ptr, w_at, 1, PREC, BLOCK_K, RESIDENT // BLOCK_K)
 
     end = ends(lengths_ptr, b, T, B)
     row, step = first_rows(d, end, b, T, B)
@@ -104,7 +114,7 @@ def lstm_persistent_fwd(
     exchange_ptr += group * BLOCK_B * HP
     own = bi[None, :] * HP + u[:, None]
     others = bi[:, None] * HP + k[None, :]
-    counters_ptr += group.to(tl.int64) * (T + 2)
+    counters_ptr += group.to(tl.int64) * (T + 2 + PROGRAMS)
     steps = T
     if lengths_ptr is not None:
         steps = uniform(tl.max(end, 0), counters_ptr + T + 1)
@@ -118,19 +128,9 @@ def lstm_persistent_fwd(
     wait_for(counters_ptr, PROGRAMS)
     for s in tl.range(0, steps, num_stages=1):
         h_ptr = exchange_ptr + (s % 2) * buffer
-        chunks = ()
-        for j in tl.static_range(AHEAD):
-            chunks += (tl.load(h_ptr + others + j * BLOCK_K, cache_modifier=".cg"),)
-        z = tl.zeros((4 * BLOCK_H, BLOCK_B), tl.float32)
-        for j in tl.static_range(CHUNKS):
-            if j + AHEAD < CHUNKS:
-                chunks += (tl.load(h_ptr + others + (j + AHEAD) * BLOCK_K, cache_modifier=".cg"),)
-            z = tl.dot(w[j], tl.trans(chunks[j]), z, input_precision=PREC)
-        if RESIDENT < HP:
-            for k0 in tl.range(RESIDENT, H, BLOCK_K, num_stages=3):
-                streamed = as_multiplied(tl.load(w_ptr + w_at + k0), PREC)
-                chunk = tl.load(h_ptr + others + k0, cache_modifier=".cg")
-                z = tl.dot(streamed, tl.trans(chunk), z, input_precision=PREC)
+        z = product(
+            w, w_ptr, w_at, 1, h_ptr, others, H, PREC, 4 * BLOCK_H, BLOCK_B, BLOCK_K, AHEAD, RESIDENT, HP
+        )
         z_i, z_f, z_g, z_o = split_gates(z, BLOCK_H, BLOCK_B)
         i, f, g, o, c_next, h_next = update(z_i + x_i, z_f + x_f, z_g + x_g, z_o + x_o, c)
         h = tl.where(live, h_next.to(dtype), h)
@@ -154,22 +154,20 @@ def lstm_persistent_fwd(
 @triton.jit(do_not_specialize=["first_block", "first_direction", "N", "T", "B"])
 def lstm_persistent_bwd(
     gates_ptr, cells_ptr, w_ptr, w_reverse_ptr, c_0_ptr, lengths_ptr,
-    g_y_ptr, g_h_n_ptr, g_c_n_ptr, g_cells_ptr, dz_ptr, dh_0_ptr, dc_0_ptr, exchange_ptr, counters_ptr,
+    g_y_ptr, g_h_n_ptr, g_c_n_ptr, g_cells_ptr, dz_ptr, dh_0_ptr, dc_0_ptr,
+    exchange_ptr, partial_ptr, counters_ptr,
     first_block, first_direction, N, T, B, H,
     PREC: tl.constexpr, HP: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-    RESIDENT: tl.constexpr, PARTS: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """All steps, the last first, of BLOCK_H units of BLOCK_B rows in one direction.
-
-    AHEAD: chunks of BLOCK_K of the 4·HP columns of dz on their way before the product with the first.
-    PARTS: into how many the sum over a chunk is cut.
-    """
+    """All steps, the last first, of BLOCK_H units of BLOCK_B rows in one direction."""
     PROGRAMS: tl.constexpr = HP // BLOCK_H
-    CHUNKS: tl.constexpr = RESIDENT // BLOCK_K
-    PART: tl.constexpr = BLOCK_K // PARTS
     dtype = dz_ptr.dtype.element_ty
     d = tl.program_id(2) + first_direction
+    # Of four programs, and which of them and which gate: the units v of the four, and its own u.
+    four, gate = tl.program_id(0) // 4, tl.program_id(0) % 4
+    v = four * 4 * BLOCK_H + tl.arange(0, 4 * BLOCK_H)
     u = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     bi = tl.arange(0, BLOCK_B)
     b = (tl.program_id(1) + first_block) * BLOCK_B + bi
@@ -188,7 +186,13 @@ def lstm_persistent_bwd(
     buffer = tl.num_programs(2) * tl.num_programs(1) * BLOCK_B * 4 * HP
     exchange_ptr += group * BLOCK_B * 4 * HP
     own = bi[None, :] * 4 * HP + u[:, None]
-    counters_ptr += group.to(tl.int64) * (T + 2)
+    k = tl.arange(0, BLOCK_K)
+    others = bi[:, None] * 4 * HP + (gate * HP + k)[None, :]
+    partial_ptr += (group * PROGRAMS + 4 * four) * BLOCK_B * 4 * BLOCK_H
+    given = gate * BLOCK_B * 4 * BLOCK_H + bi[None, :] * 4 * BLOCK_H + tl.arange(0, 4 * BLOCK_H)[:, None]
+    taken = bi[None, :] * 4 * BLOCK_H + (gate * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    counters_ptr += group.to(tl.int64) * (T + 2 + PROGRAMS)
+    fours_ptr = counters_ptr + T + 2 + 4 * four
     steps = T
     if lengths_ptr is not None:
         steps = uniform(tl.max(end, 0), counters_ptr + T + 1)
@@ -215,13 +219,8 @@ def lstm_persistent_bwd(
     dh = tl.load(g_h_n_ptr + state, inside, other=0.0).to(tl.float32)
     dc = tl.load(g_c_n_ptr + state, inside, other=0.0).to(tl.float32)
 
-    # Column k of dz is gate k // HP of unit k % HP.
-    k = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    others = bi[None, :, None] * 4 * HP + k
-    w_at = k * HP + u[None, :, None]
-    w = ()
-    for j in tl.static_range(CHUNKS):
-        w += (as_multiplied(tl.load(w_ptr + w_at + j * BLOCK_K * HP), PREC),)
+    w_at = (gate * HP + k)[None, :] * HP + v[:, None]
+    w = resident_weights(w_ptr, w_at, HP, PREC, BLOCK_K, RESIDENT // BLOCK_K)
 
     for passed in tl.range(0, steps, num_stages=1):
         s = steps - 1 - passed
@@ -255,20 +254,17 @@ def lstm_persistent_bwd(
         before_live = inside & ((s > 1) & (s - 2 < end))[None, :]
         before = tl.load(cells_ptr - step * H + cells_at, before_live, other=0.0)
         wait_for(counters_ptr + s, PROGRAMS)
-        chunks = ()
-        for j in tl.static_range(AHEAD):
-            chunks += (tl.load(q_ptr + others + j * BLOCK_K, cache_modifier=".cg"),)
-        total = tl.zeros((PARTS, BLOCK_H, BLOCK_B), tl.float32)
-        for j in tl.static_range(CHUNKS):
-            if j + AHEAD < CHUNKS:
-                chunks += (tl.load(q_ptr + others + (j + AHEAD) * BLOCK_K, cache_modifier=".cg"),)
-            total = tl.dot(w[j], tl.permute(chunks[j], (0, 2, 1)), total, input_precision=PREC)
-        if RESIDENT < 4 * HP:
-            for k0 in tl.range(RESIDENT, 3 * HP + H, BLOCK_K, num_stages=3):
-                streamed = as_multiplied(tl.load(w_ptr + w_at + k0 * HP), PREC)
-                chunk = tl.load(q_ptr + others + k0, cache_modifier=".cg")
-                total = tl.dot(streamed, tl.permute(chunk, (0, 2, 1)), total, input_precision=PREC)
-        dh = tl.where(live, taken_apart(tl.sum(total, 0), BLOCK_H, BLOCK_B), dh)
+        partial = product(
+            w, w_ptr, w_at, HP, q_ptr, others, H, PREC, 4 * BLOCK_H, BLOCK_B, BLOCK_K, AHEAD, RESIDENT, HP
+        )
+        tl.store(partial_ptr + given, partial)
+        arrive(fours_ptr)
+        wait_for(fours_ptr, 4 * (passed + 1))
+        total = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+        for j in tl.static_range(4):
+            at = partial_ptr + j * BLOCK_B * 4 * BLOCK_H + taken
+            total += tl.load(at, cache_modifier=".cg")
+        dh = tl.where(live, total, dh)
         live = next_live
     tl.store(dh_0_ptr + state, dh.to(dtype), inside)
     tl.store(dc_0_ptr + state, dc.to(dtype), inside)
@@ -290,7 +286,7 @@ def serves(
         limit = 128 if exact else 1024 // dtype.itemsize
     name = "lstm_persistent_bwd" if backward else "lstm_persistent_fwd"
     tile = config.choose(name, arch, dtype, {"H": HP, "B": 1})
-    return limit >= HP and HP // tile.blocks["BLOCK_H"] <= processors
+    return limit >= HP and HP // height(tile, HP, backward) <= processors
 
 
 def forward(
@@ -302,19 +298,16 @@ def forward(
     H = width // 4
     HP = padded(H)
     arch = config.architecture(z.device)
-    tile = config.choose("lstm_persistent_fwd", arch, z.dtype, {"H": HP, "B": B})
+    tile = config.choose("lstm_persistent_fwd", arch, z.dtype, {"H": HP, "B": N * B})
     make = z.new_empty if lengths is None else z.new_zeros
     y = make(T, B, N * H)
     h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
     cells = make(N, T, B, H, dtype=torch.float32) if save else None
     PREC = product_precision(z.dtype, precision, arch)
-    options = fitted(tile, HP, PREC)
-    if PREC == "tf32x3" and arch.startswith(("sm_10", "sm_11")):
-        # The compiler would keep W in registers and copy it to tensor memory in each step.
-        options["RESIDENT"] = options["AHEAD"] = 0
+    options = fitted(tile, HP, PREC, arch)
     w = padded_weights(weights, HP)
     with torch.cuda.device_of(z):
-        for grid, exchange, counters, *first in launches(tile, z, N, T, B, HP, HP):
+        for grid, exchange, counters, *first in launches(options, z, N, T, B, HP, HP):
             lstm_persistent_fwd[grid](
                 z, *w, h_0, c_0, lengths, y, h_n, c_n, cells, exchange, counters,
                 *first, N, T, B, H, HP=HP, PREC=PREC, **options,
@@ -332,16 +325,17 @@ def backward(
     H = width // 4
     HP = padded(H)
     arch = config.architecture(gates.device)
-    tile = config.choose("lstm_persistent_bwd", arch, gates.dtype, {"H": HP, "B": B})
+    tile = config.choose("lstm_persistent_bwd", arch, gates.dtype, {"H": HP, "B": N * B})
     dz = torch.empty_like(gates) if lengths is None else torch.zeros_like(gates)
     dh_0, dc_0 = torch.empty_like(c_0), torch.empty_like(c_0)
     PREC = product_precision(gates.dtype, precision, arch)
-    options = fitted(tile, 4 * HP, PREC)
+    options = fitted(tile, HP, PREC, arch, backward=True)
     w = padded_weights(weights, HP)
     with torch.cuda.device_of(gates):
-        for grid, exchange, counters, *first in launches(tile, gates, N, T, B, HP, 4 * HP):
+        for grid, exchange, counters, *first in launches(options, gates, N, T, B, HP, 4 * HP):
+            partial = exchange.new_empty(exchange[0].numel(), dtype=torch.float32)
             lstm_persistent_bwd[grid](
                 gates, cells, *w, c_0, lengths, g_y, g_h_n, g_c_n, g_cells, dz, dh_0, dc_0,
-                exchange, counters, *first, N, T, B, H, HP=HP, PREC=PREC, **options,
+                exchange, partial, counters, *first, N, T, B, H, HP=HP, PREC=PREC, **options,
             )  # fmt: skip
     return dz, dh_0, dc_0

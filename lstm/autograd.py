@@ -44,7 +44,7 @@ def lstm_layer(
         tensors = distinct(x, h_0, c_0, lengths, *weights)
         y, h_n, c_n, cells, *_ = LSTMLayer.apply(projected, impl, save, *tensors)
     else:
-        y, h_n, c_n, cells, *_ = ops.layer_op(x, h_0, c_0, lengths, weights, projected, impl, with_cells)
+        y, h_n, c_n, cells, *_ = ops.layer(x, h_0, c_0, lengths, weights, projected, impl, with_cells)
     if not with_cells:
         return y, h_n, c_n, None
     # A copy always: the backward pass needs cells as they are.
@@ -57,7 +57,7 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[T
     if may_be_differentiated(x, h, c, *weights):
         h, c, _ = LSTMCell.apply(*distinct(x, h, c, *weights))
     else:
-        h, c, _ = ops.cell_op(x, h, c, weights, False)
+        h, c, _ = ops.cell(x, h, c, weights, False)
     return h, c
 
 
@@ -67,7 +67,7 @@ class LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(projected: bool, impl: str, save: bool, *tensors: Any) -> tuple[Tensor, ...]:
         x, h_0, c_0, lengths, *weights = tensors
-        return ops.layer_op(x, h_0, c_0, lengths, weights, projected, impl, save)
+        return ops.layer(x, h_0, c_0, lengths, weights, projected, impl, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -104,7 +104,7 @@ class LSTMLayerBackward(torch.autograd.Function):
     def forward(projected: bool, impl: str, wanted: tuple[bool, ...], *tensors: Any) -> tuple[Tensor, ...]:
         inputs, saved, upstream, weights = tensors[:4], tensors[4:8], tensors[8:12], tensors[12:]
         return tuple(
-            ops.layer_backward_op(*inputs, list(weights), *saved, *upstream, projected, impl, list(wanted))
+            ops.layer_backward(*inputs, list(weights), *saved, *upstream, projected, impl, list(wanted))
         )
 
     @staticmethod
@@ -145,7 +145,7 @@ class LSTMCell(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.cell_op(x, h, c, list(weights), True)
+        return ops.cell(x, h, c, list(weights), True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,7 +182,7 @@ class LSTMCellBackward(torch.autograd.Function):
         c: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        return tuple(ops.cell_backward_op(x, h, c, list(weights), gates, g_h, g_c, list(wanted)))
+        return tuple(ops.cell_backward(x, h, c, list(weights), gates, g_h, g_c, list(wanted)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn import Parameter
 
 from gatematch.kernels.autograd import (
     fake_gradients,
@@ -17,6 +18,7 @@ from gatematch.kernels.autograd import (
     or_empty,
     refuse_forward_mode,
     refuse_tangents,
+    transformed,
 )
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 
@@ -25,8 +27,22 @@ from . import fused
 Lengths = Tensor | None
 
 
-@custom_op("gatematch::lstm_layer", mutates_args=())
-def layer_op(
+def _called_directly(*tensors: Tensor | None) -> bool:
+    """Whether nobody has to be told of an op: no mode, no compiler, no subclass.
+
+    Then the function itself is called. On the way through the dispatcher a host takes longer than a GPU for a
+    single step.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_tracing()
+        and not transformed()
+        and all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
+    )
+
+
+def _layer(
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
@@ -50,6 +66,9 @@ def layer_op(
     return y, h_n, c_n, or_empty(cells, x, fused.state_dtype(x)), or_empty(gates, x), or_empty(m, x)
 
 
+layer_op = custom_op("gatematch::lstm_layer", _layer, mutates_args=())
+
+
 @layer_op.register_fake
 def _(x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *options: Any) -> Any:
     projected, impl, save = options
@@ -63,8 +82,7 @@ def _(x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tenso
     return *results, or_empty(cells, x, dtype), or_empty(gates, x), or_empty(m, x)
 
 
-@custom_op("gatematch::lstm_layer_backward", mutates_args=())
-def layer_backward_op(
+def _layer_backward(
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
@@ -95,6 +113,9 @@ def layer_backward_op(
     return [or_empty(grad, x) for grad in grads]
 
 
+layer_backward_op = custom_op("gatematch::lstm_layer_backward", _layer_backward, mutates_args=())
+
+
 @layer_backward_op.register_fake
 def _(
     x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *others: Any
@@ -102,8 +123,7 @@ def _(
     return list(fake_gradients((x, h_0, c_0, *weights), others[-1]))
 
 
-@custom_op("gatematch::lstm_cell", mutates_args=())
-def cell_op(
+def _cell(
     x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next h and c and, if `save`, the gates, an empty tensor else."""
@@ -121,14 +141,16 @@ def cell_op(
     return h_next, c_next, or_empty(gates, x)
 
 
+cell_op = custom_op("gatematch::lstm_cell", _cell, mutates_args=())
+
+
 @cell_op.register_fake
 def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
     gates = x.new_empty(x.shape[0], 4 * c.shape[1]) if save else x.new_empty(0)
     return x.new_empty(h.shape), x.new_empty(c.shape), gates
 
 
-@custom_op("gatematch::lstm_cell_backward", mutates_args=())
-def cell_backward_op(
+def _cell_backward(
     x: Tensor,
     h: Tensor,
     c: Tensor,
@@ -161,6 +183,43 @@ def cell_backward_op(
     return [or_empty(grad if want else None, x) for grad, want in zip(grads, wanted, strict=True)]
 
 
+cell_backward_op = custom_op("gatematch::lstm_cell_backward", _cell_backward, mutates_args=())
+
+
 @cell_backward_op.register_fake
 def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], *others: Any) -> list[Tensor]:
     return list(fake_gradients((x, h, c, *weights), others[-1]))
+
+
+def layer(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    lengths: Lengths,
+    weights: list[Tensor],
+    projected: bool,
+    impl: str,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """`layer_op`, or what it calls."""
+    direct = impl != "torch" and _called_directly(x, h_0, c_0, lengths, *weights)
+    return (_layer if direct else layer_op)(x, h_0, c_0, lengths, weights, projected, impl, save)
+
+
+def layer_backward(*args: Any) -> list[Tensor]:
+    """`layer_backward_op`, or what it calls."""
+    x, h_0, c_0, lengths, weights, *others = args
+    direct = others[-2] != "torch" and _called_directly(x, h_0, c_0, lengths, *weights, *others[:8])
+    return (_layer_backward if direct else layer_backward_op)(*args)  # type: ignore[no-any-return]
+
+
+def cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`cell_op`, or what it calls."""
+    return (_cell if _called_directly(x, h, c, *weights) else cell_op)(x, h, c, weights, save)
+
+
+def cell_backward(*args: Any) -> list[Tensor]:
+    """`cell_backward_op`, or what it calls."""
+    x, h, c, weights, *saved, _ = args
+    direct = _called_directly(x, h, c, *weights, *saved)
+    return (_cell_backward if direct else cell_backward_op)(*args)  # type: ignore[no-any-return]

@@ -44,24 +44,48 @@ def layers(
     size = len(weights) // spec.num_layers
     h_n, c_n = [], []
     cells = None
+    by_cell = (
+        x.shape[0] == 1
+        and lengths is None
+        and impl in ("auto", "triton", "step")
+        and not (spec.proj_size or return_cells)
+    )
     with no_autocast(x):
         for layer in range(spec.num_layers):
             if layer > 0:
                 x = drop(x, dropout, training, packed_rows)
             states = slice(layer * N, (layer + 1) * N)
-            x, h, c, cells = autograd.lstm_layer(
-                x,
-                h_0[states],
-                c_0[states],
-                lengths,
-                weights[layer * size : (layer + 1) * size],
-                spec.proj_size > 0,
-                impl,
-                return_cells and layer == spec.num_layers - 1,
-            )
+            own = weights[layer * size : (layer + 1) * size]
+            if by_cell:
+                x, h, c = _single_step(x, h_0[states], c_0[states], own)
+            else:
+                x, h, c, cells = autograd.lstm_layer(
+                    x,
+                    h_0[states],
+                    c_0[states],
+                    lengths,
+                    own,
+                    spec.proj_size > 0,
+                    impl,
+                    return_cells and layer == spec.num_layers - 1,
+                )
             h_n.append(h)
             c_n.append(c)
+        if spec.num_layers == 1:
+            return x, *h_n, *c_n, cells
         return x, torch.cat(h_n), torch.cat(c_n), cells
+
+
+def _single_step(x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h_n and c_n of a layer whose x (1, B, I) has one step: its directions differ in their weights alone,
+    and the kernel of a cell takes in x W_ihᵀ and the biases."""
+    N = len(h_0)
+    size = len(weights) // N
+    steps = [autograd.lstm_cell(x[0], h_0[d], c_0[d], weights[d * size : (d + 1) * size]) for d in range(N)]
+    h_n = torch.stack([h for h, _ in steps])  # a copy: y and h_n do not share memory
+    if N == 1:
+        return steps[0][0].unsqueeze(0), h_n, steps[0][1].unsqueeze(0)
+    return torch.cat([h for h, _ in steps], 1).unsqueeze(0), h_n, torch.stack([c for _, c in steps])
 
 
 def cell(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:

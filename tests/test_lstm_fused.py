@@ -34,8 +34,8 @@ def through_ops(monkeypatch):
             by_ops[0] = True
 
     monkeypatch.setattr(lstm_contract, "of_torch", fused)
-    op, calls = ops.layer_op, []
-    monkeypatch.setattr(ops, "layer_op", lambda *args: calls.append(args) or op(*args))
+    op, calls = ops.layer, []
+    monkeypatch.setattr(ops, "layer", lambda *args: calls.append(args) or op(*args))
     yield
     assert calls and all(impl == "torch" for *_, impl, _ in calls)
 

@@ -234,14 +234,14 @@ def test_the_same_bits_under_every_interleaving(kernel):
 
 
 @triton.jit
-def wait_for_all_but_one(counter_ptr, PROGRAMS: tl.constexpr):
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < PROGRAMS - 1:
+def wait_for_all_but_one(counter_ptr, arrivals):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals - 1:
         pass
 
 
 @triton.jit
-def wait_for_one_more(counter_ptr, PROGRAMS: tl.constexpr):
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < PROGRAMS + 1:
+def wait_for_one_more(counter_ptr, arrivals):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals + 1:
         pass
 
 
@@ -298,8 +298,8 @@ def test_a_batch_larger_than_what_runs_at_once_takes_several_launches(processors
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
     saves = []
-    op = ops.layer_op
-    monkeypatch.setattr(ops, "layer_op", lambda *args: saves.append(args[-1]) or op(*args))
+    op = ops.layer
+    monkeypatch.setattr(ops, "layer", lambda *args: saves.append(args[-1]) or op(*args))
     model, x = LSTM(3, 5, impl="step"), torch.randn(2, 2, 3)
     model(x)
     with torch.no_grad():
