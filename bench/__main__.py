@@ -236,8 +236,8 @@ def table(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A results file of `answers`, `speed`, `kernels`, `roofline`, `hessian` or an example, "
-            "or several of `answers`."
+            help="A results file of `answers`, `speed`, `kernels`, `roofline`, `hessian`, `gpu`, `barrier`, "
+            "`expansion` or an example, or several of `answers`."
         ),
     ],
 ) -> None:
@@ -246,6 +246,21 @@ def table(
 
     with one_sentence_errors():
         typer.echo(markdown(*results))
+
+
+@app.command()
+def pages(
+    files: Annotated[list[Path], typer.Argument(help="Markdown pages, whose tables name their results.")],
+) -> None:
+    """Draw the tables of Markdown pages again, from the results files that they name, below this folder."""
+    from gatematch.bench.markdown import redrawn
+
+    with one_sentence_errors():
+        for path in files:
+            before = path.read_text()
+            if (after := redrawn(before, Path())) != before:
+                path.write_text(after)
+                typer.echo(path)
 
 
 # In the order in which --help lists them: last those that need a GPU.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+from . import gpu_tables
 from .answers.report import RANKERS, Run, models_table
 from .hessian import COLUMNS, cells
 from .results import read_results
-from .speed_report import classes
 
 # The peer that each half is held against: what its users call today.
 _RIVALS = ("torch.nn.LSTM", "torch.nn.LSTMCell", "cdist, fast mode")
@@ -38,7 +39,13 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
     if _are_answers(rows):
         return _answers({row["case"]: row for row in rows})
     if all("peers" in row for row in rows):
-        return _classes(rows) if any("timing" in row for row in rows) else _speed(rows)
+        return gpu_tables.speed_tables(rows) if any("timing" in row for row in rows) else _speed(rows)
+    if any(row["case"].startswith("gpu/") for row in rows):
+        return gpu_tables.stages(rows)
+    if all(row["case"].startswith("barrier/") for row in rows):
+        return gpu_tables.barrier(rows)
+    if all(row["case"].startswith("expansion/") for row in rows):
+        return gpu_tables.expansion(rows)
     if all(row["case"].startswith("kernels/") for row in rows):
         return _kernels(rows)
     if all(row["case"].startswith("roofline/") for row in rows):
@@ -48,9 +55,20 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
     if all(row["case"].startswith("example/") for row in rows):
         return _example(rows)
     raise ValueError(
-        f"results file {path} must come from answers, speed or kernels, from roofline or hessian, or from an "
-        "example; there is no table for it"
+        f"results file {path} must come from answers, speed or kernels, from roofline or hessian, from gpu, "
+        "barrier or expansion, or from an example; there is no table for it"
     )
+
+
+def redrawn(page: str, root: Path) -> str:
+    """A Markdown page with its tables drawn again: each stands between a line ``<!-- table FILE ... -->``, of
+    results files below `root`, and ``<!-- end -->``.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{markdown(*(root / name for name in found[2].split()))}\n{found[3]}"
+
+    return re.sub(r"(<!-- table (.+?) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
 
 
 def _run(path: Path, rows: list[dict[str, Any]]) -> Run:
@@ -65,9 +83,12 @@ def _are_answers(rows: list[dict[str, Any]]) -> bool:
 
 def _source(meta: dict[str, Any]) -> tuple[str, str]:
     """Machine, versions, commit and day; and the command that was run there."""
+    machine, triton = meta["cpu"], ""
+    if meta["device"] != "cpu":
+        machine, triton = f"{meta['device']}, driver {meta['driver']}", f"Triton {meta['triton']}, "
     where = (
-        f"{meta['cpu'] if meta['device'] == 'cpu' else meta['device']}, {meta['threads']} threads, "
-        f"Python {meta['python']}, torch {meta['torch']}, commit {meta['commit']}, {meta['date'][:10]}"
+        f"{machine}, {meta['threads']} threads, Python {meta['python']}, torch {meta['torch']}, {triton}"
+        f"commit {meta['commit']}, {meta['date'][:10]}"
     )
     if "model" in meta:
         where = f"A model of one {meta['model']['name']}, nothing measured, computed on {where}"
@@ -107,24 +128,6 @@ def _speed(rows: list[dict[str, Any]]) -> str:
             f"| {name} | {shape} | {rival} | {cells[0]} | {cells[1]} "
             f"| {forward['ours']['error']:.0e} | {error:.0e} |"
         )
-    return "\n".join(lines)
-
-
-def _classes(rows: list[dict[str, Any]]) -> str:
-    """Of a GPU: a line for each class and peer."""
-    lines = [
-        "| case | dtype | pass | timing | beside | rows | wrong | mean | worst | in | of the floor |",
-        "|---|---|---|---|---|---:|---:|---:|---:|---|---:|",
-    ]
-    for members in classes(rows):
-        share = "" if members.share is None else f"{members.share:.0%}"
-        for peer in members.peers:
-            if (found := members.against(peer)) is not None:
-                mean, worst, row, number, wrong = found
-                where = " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
-                data = "" if row["data"] == "random" else f", {row['data']}"
-                numbers = f"{number} | {wrong or ''} | {mean:.2f}x | {worst:.2f}x | {where}{data} | {share}"
-                lines.append(f"| {' | '.join(members.words)} | {peer} | {numbers} |")
     return "\n".join(lines)
 
 

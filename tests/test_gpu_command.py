@@ -23,6 +23,7 @@ from gatematch.bench import __main__ as command
 from gatematch.bench import compute_sanitizer, console, gpu, planted, results, sanitized
 from gatematch.bench.kernels import compiled
 from gatematch.bench.launches import LAUNCHES
+from gatematch.bench.markdown import markdown
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).with_name("test_gpu.py")
@@ -96,6 +97,9 @@ def test_what_becomes_of_a_stage(stages, capfdbinary):
     assert path.with_name("gpu-rows.log").read_text() == "table\nresults: x.json\n"
     shown = capfdbinary.readouterr().out
     assert b"== rows of 10 stages\ntable\nresults: x.json\n==" in shown and b"device lost" in shown
+    table = markdown(path).splitlines()
+    assert table[2].startswith("| `tests` | passed | 2 passed, 1 skipped | ") and len(table) == 2 + 10 + 2
+    assert table[6].startswith("| `bad` | failed | 2 rows: exit code 1: 1 of 2 are past their bound | ")
     cells = list(gpu.gpu_table(rows).columns[3].cells)
     assert cells[:2] == ["2 passed, 1 skipped", "2 passed, 2 failed: test_c, test_d"]
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner  # noqa: E402
 from gatematch.bench import barrier, expansion  # noqa: E402
 from gatematch.bench.__main__ import app  # noqa: E402
 from gatematch.bench.kernels import _output, _read_cubin, compiled  # noqa: E402
-from gatematch.bench.results import read_results  # noqa: E402
+from gatematch.bench.markdown import markdown  # noqa: E402
+from gatematch.bench.results import describe_machine, read_results, write_results  # noqa: E402
 from gatematch.kernels import config, pairwise, pairwise_stream  # noqa: E402
 from gatematch.kernels.pairwise_prepare import prepare  # noqa: E402
 
@@ -233,3 +234,60 @@ def test_one_process_of_many_makes_room_for_another(monkeypatch):
     with pytest.raises(SystemExit):
         waiting.wait("a kernel", mock.Mock(query=lambda: False), seconds=0.01)
     assert left.call_args.args == (1,)
+
+
+def test_the_tables_of_barriers_and_of_expansions(tmp_path):
+    barriers = [
+        {"case": "barrier/x", "variant": variant, "programs": programs, "warps": warps, "ns": ns}
+        for programs in (1, 132)
+        for warps in (4, 8)
+        for variant, ns in (("barrier", 600.4 + programs), ("exchange", 800.0 + warps))
+    ]
+    expansions = [
+        {"case": "expansion/x", "path": path, "D": D, "c": c, "error": error, "bound": 1e-6}
+        for path, D, c, error in (
+            ("tf32", 16, 1.25, 1e-7),
+            ("tf32", 128, 2.0, 2e-7),
+            ("bfloat16", 16, 1.0, 3e-7),
+            ("bfloat16", 128, float("nan"), float("nan")),
+        )
+    ]
+    tables = []
+    machine = describe_machine(CPU) | {"device": "NVIDIA X", "driver": "580", "triton": "3.6.0"}
+    for rows in (barriers, expansions):
+        write_results(tmp_path / "results.json", machine, rows)
+        tables.append(markdown(tmp_path / "results.json").splitlines())
+    assert tables[0][:6] == [
+        "| ns a step | warps | 1 programs | 132 programs |",
+        "|---|---:|---:|---:|",
+        "| barrier | 4 | 601 | 732 |",
+        "| barrier | 8 | 601 | 732 |",
+        "| exchange | 4 | 804 | 804 |",
+        "| exchange | 8 | 808 | 808 |",
+    ]
+    assert tables[1][:4] == [
+        "| rows | c, D 16 | c, D 128 | error of S | bound |",
+        "|---|---:|---:|---:|---:|",
+        "| tf32 | 1.2 | 2.0 | 2.0e-07 | 1.0e-06 |",
+        "| bfloat16 | 1.0 | – | – | 1.0e-06 |",
+    ]
+    assert tables[0][7].startswith("NVIDIA X, driver 580, ") and ", Triton 3.6.0, commit" in tables[0][7]
+
+
+def test_tables_of_pages_are_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"case": "barrier/x", "variant": "barrier", "programs": 1, "warps": 4, "ns": 1.0}
+    write_results(tmp_path / "some" / "results.json", describe_machine(CPU), [row])
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    other.write_text("# No table\n")
+    page.write_text("# Page\n\n<!-- table some/results.json -->\n<!-- end -->\n\nAfter it.\n")
+    for said in ("page.md\n", ""):
+        result = CliRunner().invoke(app, ["pages", "page.md", "other.md"])
+        assert (result.exit_code, result.output) == (0, said)
+        drawn = (
+            f"<!-- table some/results.json -->\n{markdown(tmp_path / 'some' / 'results.json')}\n<!-- end -->"
+        )
+        assert page.read_text() == f"# Page\n\n{drawn}\n\nAfter it.\n"
+    page.write_text("<!-- table none.json -->\n<!-- end -->")
+    result = CliRunner().invoke(app, ["pages", "page.md"])
+    assert (result.exit_code, result.output) == (2, "Error: results file none.json does not exist\n")

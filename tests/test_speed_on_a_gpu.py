@@ -625,12 +625,59 @@ def test_classes_of_the_summary_and_of_the_table(tmp_path):
     assert lines[0].startswith("lstm/single tf32 forward warm torch.nn.LSTM: 2.00x over 2 rows, worst 1.00x")
     assert "H2048 tf32 forward warm torch.nn.LSTM: 0.10x over 1 rows" in lines[1]
     write_results(tmp_path / "speed.json", describe_machine(CPU), rows)
-    table = markdown(tmp_path / "speed.json").splitlines()
-    assert (
-        "| lstm/single | tf32 | forward | warm | torch.nn.LSTM | 2 |  | 2.00x | 1.00x | T512 B1 I64 H64 |  |"
-        in table
-    )
-    assert table[5].endswith("| 5.00x | T512 B1 I64 H64 | 50% |")
+    wrong = row("lstm/decode", 128, 0.0)
+    wrong["peers"]["torch.nn.LSTM"] = {"status": "wrong", "wrong_ratio": 0.2}
+    failing = {key: rows[0][key] for key in ("case", "data", "shape", "dtype", "peers")}
+    failing["ours"] = {"status": "failed: out of memory"}
+    write_results(tmp_path / "speed.json", describe_machine(CPU), [*rows, wrong, failing])
+    assert markdown(tmp_path / "speed.json").splitlines()[2:11] == [
+        "| lstm/single | tf32 | warm | torch.nn.LSTM | 2 | 2.00x | 1.00x, B1 H64 | 3.00x | 3.00x, B1 H64 |",
+        "| lstm/single H2048 | tf32 | warm | torch.nn.LSTM | 1 | 0.10x | 0.10x, B1 H2048 | – | – |",
+        "| lstm/decode | tf32 | warm | torch.nn.LSTM | 2 | 1.00x, 1 wrong | 0.20x, B1 H128 | – | – |",
+        "",
+        "Slower than a peer, or wrong:",
+        "",
+        "- FAILED: lstm/single random tf32 out of memory",
+        "- lstm/single tf32, forward, warm, beside torch.nn.LSTM: 0.10x (B1 H2048)",
+        "",
+    ]
+
+
+def test_the_table_of_pairwise_attention(tmp_path):
+    def row(data, mode, timing, median, **peers):
+        names = {"fast": "cdist, fast mode", "exact": "cdist, exact mode", "wide": "broadcast"}
+        return {
+            "case": "pairwise/long", "data": data, "shape": {"B": 8, "Q": 9, "A": 9, "D": 4},
+            "dtype": "bfloat16", "mode": mode, "timing": timing, "share": 0.25,
+            "ours": {"status": "timed", "median": median},
+            "peers": {names[name]: peer for name, peer in peers.items()},
+        }  # fmt: skip
+
+    fails, skipped = {"status": "failed: 32 bits"}, {"status": "skipped: too large"}
+    rows = [
+        row("random", "forward", "warm", 9.0, fast={"status": "timed", "ratio": 0.9}),
+        row("random", "forward", "cold", 1.5, fast={"status": "timed", "ratio": 2.0}, wide=skipped),
+        row("random", "forward+backward", "cold", 3.0, fast={"status": "timed", "ratio": 1.0}, exact=fails),
+        row(
+            "text", "forward", "cold", 1.0,
+            fast={"status": "wrong", "wrong_ratio": 0.5}, exact={"status": "timed", "ratio": 30.0},
+        ),
+    ]  # fmt: skip
+    write_results(tmp_path / "speed.json", describe_machine(CPU), rows)
+    assert markdown(tmp_path / "speed.json").splitlines()[:9] == [
+        "| case | size | dtype | ours, ms | of the floor | cdist, fast mode | cdist, exact mode |",
+        "|---|---|---|---:|---:|---:|---:|",
+        "| pairwise/long | B8 Q9 A9 D4 | bfloat16 | 1.50, 3.00 | 25%, 25% | 2.00x, 1.00x | –, fails |",
+        "| pairwise/long, text | B8 Q9 A9 D4 | bfloat16 | 1.00, – | 25%, – | wrong (0.50x), – | 30.00x, – |",
+        "",
+        "Slower than a peer, or wrong:",
+        "",
+        "- pairwise/long bfloat16, forward, warm, beside cdist, fast mode: 0.90x (B8 Q9 A9 D4)",
+        "",
+    ]
+    write_results(tmp_path / "speed.json", describe_machine(CPU), rows[1:])
+    none = "- no row in which a peer whose results are right is faster"
+    assert none in markdown(tmp_path / "speed.json").splitlines()
 
 
 def test_ceilings_count_what_is_moved_and_computed(monkeypatch):
