@@ -1,12 +1,13 @@
 """Pairwise attention of long sequences: tiles of S from rows that are prepared once (pairwise_parts.py).
 
     S[b, i, j] = 1 / (1 + d),    d² = squares_i + squares_j - 2 scale_i scale_j p_ij      (far pairs)
-    p_ij = high_i·high_j + high_i·low_j + low_i·high_j                                   (high_i·high_j in 16 bits)
+    p_ij = high_i·high_j + high_i·low_j + low_i·high_j                    (in 16 bits only high_i·high_j)
 
-A program owns a block of rows of q and walks a run of tiles of a, twice. The first walk is what most pairs
-need: it loads tiles ahead, keeps the rows of q on the chip if they fit there, and stores 0 for a near pair,
-which no distance gives. The second visits the tiles in which there is one, reads them back and stores near
-pairs over the zeros, from their differences (distance.py).
+A program owns a block of rows of q and walks a run of tiles of a, twice. The first walk is what most pairs need:
+it loads tiles ahead, keeps the rows of q on the chip if they fit there, and stores 0 for a near pair,
+which no distance gives, unless its rows are equal by their fingerprints: then 1. The second visits the tiles in
+which there are near pairs left, reads them back and stores these over the zeros, from their differences
+(distance.py).
 
 W as in pairwise.py. Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), W (B, Q, A up to a multiple of 8).
 """
@@ -27,11 +28,6 @@ SHORT, LONG = 256, 1024
 NEAR = tl.constexpr(32)
 # Smaller squares are those of equal rows.
 _TINY = tl.constexpr(1e-36)
-
-
-@triton.jit
-def either(x, y):
-    return x | y
 
 
 @triton.jit
@@ -105,8 +101,8 @@ def near_pairs(
     do_not_specialize=["M", "N", "D", "runs", "stride_xb", "stride_x", "stride_yb", "stride_y", "stride_w"]
 )
 def pairwise_tiles_fwd(
-    x_ptr, x_lengths_ptr, x_parts_ptr, x_squares_ptr, x_scale_ptr,
-    y_ptr, y_lengths_ptr, y_parts_ptr, y_squares_ptr, y_scale_ptr, s_ptr, w_ptr,
+    x_ptr, x_lengths_ptr, x_parts_ptr, x_squares_ptr, x_scale_ptr, x_prints_ptr,
+    y_ptr, y_lengths_ptr, y_parts_ptr, y_squares_ptr, y_scale_ptr, y_prints_ptr, s_ptr, w_ptr,
     M, N, D, runs,
     stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64, stride_w,
     VEC_D: tl.constexpr, VEC_S: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
@@ -139,8 +135,12 @@ def pairwise_tiles_fwd(
     features = tl.cdiv(D, FEATURES) * FEATURES
     step = PARTS * features
     tile_step = step.to(tl.int64)
-    x_row = b * tl.cdiv(M, ROWS) * ROWS + i0
-    y_row = b * tl.cdiv(N, ROWS) * ROWS
+    x_rows = tl.cdiv(M, ROWS) * ROWS
+    y_rows = tl.cdiv(N, ROWS) * ROWS
+    x_row = b * x_rows + i0
+    y_row = b * y_rows
+    x_prints_ptr += 2 * b * x_rows + i0
+    y_prints_ptr += 2 * b * y_rows
     x_parts_ptr += x_row * tile_step
     y_parts_ptr += y_row * tile_step
     s_ptr += (b * M + i0) * N
@@ -156,7 +156,7 @@ def pairwise_tiles_fwd(
         x_scale = -2.0 * tl.load(x_scale_ptr + b) * tl.load(y_scale_ptr + b)
     if HELD > 0:
         x_high, x_low = kept_rows(x_parts_ptr, step, features, PARTS, BLOCK_M, BLOCK_K, HELD)
-    found = tl.zeros((BLOCK_M,), tl.int64)  # of each row: the bit t % 64 for near pairs in the tile number t
+    found = tl.full((), 0, tl.int64)  # the bit t % 64 for near pairs in the tile number t
     for j0 in tl.range(first, end, BLOCK_N):
         y_at = y_parts_ptr + j0 * tile_step
         y_squares = tl.load(y_squares_ptr + y_row + j0 + j)
@@ -181,8 +181,6 @@ def pairwise_tiles_fwd(
         else:
             d2 = squares + x_scale * product
         beyond = d2 - TAU * squares  # negative for near pairs, NaN only for rows of NaN
-        signs = tl.min(beyond.to(tl.int32, bitcast=True), 1)
-        found |= tl.where(signs < 0, tl.full((), 1, tl.int64) << (j0 // BLOCK_N % 64), 0)
         if w_ptr is None:
             d = tl.sqrt(d2)
         else:
@@ -195,6 +193,18 @@ def pairwise_tiles_fwd(
         else:
             root = tl.where(beyond < 0.0, 0.0, root)
             S = root * root
+        if tl.min(tl.min(beyond.to(tl.int32, bitcast=True), 1), 0) < 0:
+            near = beyond < 0.0
+            # Rows whose squares overflow may hold infinity, whose distance to itself is NaN.
+            same = near & (x_squares >= 0.0)[:, None]
+            same &= tl.load(x_prints_ptr + i)[:, None] == tl.load(y_prints_ptr + j0 + j)[None, :]
+            x_print = tl.load(x_prints_ptr + x_rows + i)
+            same &= x_print[:, None] == tl.load(y_prints_ptr + y_rows + j0 + j)[None, :]
+            S = tl.where(same, 1.0, S)
+            if w_ptr is not None:
+                by_distance = tl.where(near, 0.0, by_distance)
+            left = tl.max(tl.max((near & (same == 0)).to(tl.int32), 1), 0)
+            found |= left.to(tl.int64) << (j0 // BLOCK_N % 64)
         inside = (i < M - i0)[:, None]
         tl.store(
             s_ptr + j0 + i[:, None] * N + j[None, :],
@@ -207,14 +217,13 @@ def pairwise_tiles_fwd(
                 w_ptr + j0 + i[:, None] * stride_w + j[None, :], W, inside & (j < stride_w - j0)[None, :]
             )
 
-    near_tiles = tl.reduce(found, 0, either)
-    if near_tiles != 0:
+    if found != 0:
         tl.debug_barrier()  # a thread reads here what others have stored
         x_ptr += b * stride_xb * VEC_D + i0 * stride_x
         y_ptr += b * stride_yb * VEC_D
         BLOCK_NEAR: tl.constexpr = min(NEAR, BLOCK_N)
         for j0 in tl.range(first, end, BLOCK_NEAR, num_stages=1):
-            if (near_tiles >> (j0 // BLOCK_N % 64)) & 1 != 0:
+            if (found >> (j0 // BLOCK_N % 64)) & 1 != 0:
                 near_pairs(
                     x_ptr, y_ptr + j0 * stride_y, s_ptr + j0, None if w_ptr is None else w_ptr + j0,
                     N, D, x_left, y_end - j0, stride_x.to(tl.int32), stride_y.to(tl.int32), stride_w,
@@ -245,11 +254,8 @@ def tiles_forward(x: Parts, y: Parts, S: Tensor, W: Tensor | None) -> None:
     number, features = x.parts.shape[2:]
     held = features // options["BLOCK_K"] if number * features <= options.pop("RESIDENT") else 0
     if W is not None:  # which takes registers of its own
-        options |= {
-            "BLOCK_M": options["BLOCK_M"] // 2,
-            "num_warps": options["num_warps"] // 2,
-            "maxnreg": 168,
-        }
+        options |= {name: options[name] // 2 for name in ("BLOCK_M", "BLOCK_N", "num_warps")}
+        options.pop("maxnreg", None)
     vec_d, strides = layout(x.rows, y.rows, size=D)
     vec_s = width(S.element_size(), A)
     blocks = B * triton.cdiv(Q, options["BLOCK_M"])
