@@ -15,8 +15,9 @@ from gatematch.kernels.cooperative import fitted  # noqa: E402
 from gatematch.kernels.recurrence import padded  # noqa: E402
 
 H = 512
-# The columns of the product, in units of H, and the shape of its result.
-KERNELS = {"lstm_persistent_fwd": (1, "64x16xf32"), "lstm_persistent_bwd": (4, "8x16x16xf32")}
+# How often the programs of a step wait for others. Backward they also read each other's partial sums.
+KERNELS = {"lstm_persistent_fwd": 1, "lstm_persistent_bwd": 2}
+PARTIAL_SUMS = 4
 
 
 @pytest.fixture(scope="module", params=KERNELS)
@@ -34,7 +35,7 @@ def binary(kernel):
 @pytest.fixture(scope="module")
 def options(kernel):
     tile = config.choose(kernel, "sm_90", torch.bfloat16, {"H": H, "B": 16})
-    return fitted(tile, KERNELS[kernel][0] * H, "tf32")
+    return fitted(tile, H, "tf32", "sm_90", backward=kernel.endswith("bwd"))
 
 
 def parts(ttgir):
@@ -118,11 +119,12 @@ def test_nothing_is_read_before_all_have_stored_it(binary, kernel, options, leve
         before, loop = parts(binary.asm[level])
         found = events(before + loop + loop, TTGIR)
         chunks = options["RESIDENT"] // options["BLOCK_K"]
-        assert found.count("exchange") == 2 * chunks
+        assert found.count("exchange") == 2 * (chunks + PARTIAL_SUMS * kernel.endswith("bwd"))
     else:
         found = events(binary.asm[level].splitlines(), PTX)
     syncs = [event for event in found if event in ("release", "acquire")]
-    rounds = (2 if level == "ttgir" else 1) + (kernel == "lstm_persistent_fwd")  # it also shares h_0
+    loops = 2 if level == "ttgir" else 1
+    rounds = loops * KERNELS[kernel] + (kernel == "lstm_persistent_fwd")  # it also shares h_0
     assert syncs == ["release", "acquire"] * rounds
     assert "exchange" in found
     assert disorder(found) == []
@@ -149,10 +151,11 @@ def test_chunks_are_not_copied_asynchronously(binary):
     assert "async_copy" not in binary.asm["ttgir"]
 
 
-def test_all_gates_are_one_product(binary, kernel, options):
+def test_all_gates_are_one_product(binary, options):
+    """Backward it is one gate, of four times as many units."""
     products = re.findall(r"tt\.dot .*-> tensor<(\w+)>", binary.asm["ttir"])
-    assert products == [KERNELS[kernel][1]] * (options["RESIDENT"] // options["BLOCK_K"])
-    assert ("wgmma.mma_async" in binary.asm["ptx"]) == (kernel == "lstm_persistent_fwd")
+    assert products == ["64x16xf32"] * (options["RESIDENT"] // options["BLOCK_K"])
+    assert "wgmma.mma_async" in binary.asm["ptx"]
 
 
 def test_the_launch_is_cooperative(binary):
