@@ -7,6 +7,7 @@ cores add up, which no data sheet says. It is measured here, for every way in wh
     float32, bfloat16, float16             tiles of pairwise_attention; float32 in three passes of TF32
     tf32                                   the same with precision "tf32", of rows that TF32 holds
     bfloat16 centred, float16 centred      rows less a centre, which are multiplied in TF32; of a centre of 0
+    ... prepared                           tiles of long sequences, from parts in float16
     ... streamed                           tiles of pairwise_attend and pairwise_sums, from prepared copies
 
 The functions that compute a tile are the kernels' own, in the kernels' own configurations. Rows are such that
@@ -28,7 +29,10 @@ from torch import Tensor
 from gatematch.kernels import config
 from gatematch.kernels.distance import TAU, expand, is_near, score
 from gatematch.kernels.launch import obstacle, product_precision
+from gatematch.kernels.pairwise_parts import ROWS as PREPARED_ROWS
+from gatematch.kernels.pairwise_parts import parts_of
 from gatematch.kernels.pairwise_prepare import FEATURES, ROWS, padded, prepare, tile_distances
+from gatematch.kernels.pairwise_tiles import product_of
 
 SIZES = (9, 16, 50, 64, 128, 300, 768, 1024, 2048, 4096)
 TILES = 256
@@ -80,6 +84,38 @@ def expanded_stream(
     tl.store(s_ptr + at, (1.0 / (1.0 + d)).to(s_ptr.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["features"])
+def expanded_parts(
+    x_parts_ptr, y_parts_ptr, x_squares_ptr, y_squares_ptr, x_scale_ptr, y_scale_ptr,
+    squares_ptr, d2_ptr, near_ptr, s_ptr, features,
+    PARTS: tl.constexpr, BY_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile as in pairwise_tiles_fwd, from the parts of both sides, of up to PREPARED_ROWS rows each."""
+    tile = tl.program_id(0).to(tl.int64)
+    step = PARTS * features
+    i = tile * PREPARED_ROWS + tl.arange(0, BLOCK_M)
+    j = tile * PREPARED_ROWS + tl.arange(0, BLOCK_N)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, features, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x_at = x_parts_ptr + i[:, None] * step + k[None, :]
+        x_low = tl.load(x_at + features) if PARTS == 2 else 0
+        y_at = y_parts_ptr + tile * PREPARED_ROWS * step
+        product = product_of(tl.load(x_at), x_low, y_at, product, step, features, k, PARTS, BLOCK_N)
+    squares = tl.load(x_squares_ptr + i)[:, None] + tl.load(y_squares_ptr + j)[None, :]
+    if BY_ROW:
+        scale = tl.load(x_scale_ptr + i)[:, None] * tl.load(y_scale_ptr + j)[None, :]
+    else:
+        scale = tl.load(x_scale_ptr + tile) * tl.load(y_scale_ptr + tile)
+    d2 = squares - 2.0 * scale * product
+    at = tile * BLOCK_M * BLOCK_N + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(squares_ptr + at, squares)
+    tl.store(d2_ptr + at, d2)
+    tl.store(near_ptr + at, (d2 - TAU * squares < 0.0).to(tl.int8))
+    tl.store(s_ptr + at, score(tl.sqrt(d2), s_ptr.dtype.element_ty))
+
+
 class Path(NamedTuple):
     """A way in which tensor cores are given rows, and the largest error of S that is allowed there."""
 
@@ -92,7 +128,9 @@ class Path(NamedTuple):
     @property
     def kernel(self) -> str:
         """The one whose configuration is taken."""
-        return "pairwise_stream_fwd" if self.variant == "streamed" else "pairwise_fwd"
+        return {"streamed": "pairwise_stream_fwd", "prepared": "pairwise_tiles_fwd"}.get(
+            self.variant, "pairwise_fwd"
+        )
 
 
 def paths() -> Iterator[Path]:
@@ -104,7 +142,8 @@ def paths() -> Iterator[Path]:
         ("float16", torch.float16, 2.0**-11),
     ):
         precision = "tf32" if name == "tf32" else "float32"
-        for variant in ("", "streamed") if dtype == torch.float32 else ("", "centred", "streamed"):
+        centred = () if dtype == torch.float32 else ("centred",)
+        for variant in ("", *centred, "prepared", "streamed"):
             yield Path(f"{name} {variant}".rstrip(), dtype, BOUND + unit / 2, precision, variant)
 
 
@@ -158,6 +197,16 @@ def tiles_of(path: Path, x: Tensor, y: Tensor, tile: config.Config) -> Tiles:
             squares = x_side.squares[:, :M, None] + y_side.squares[:, None, :N]
             return Tiles(squares, d2.nan_to_num(0.0).double().square(), near.bool(), S)
         squares = torch.empty_like(d2)
+        if path.variant == "prepared":
+            number = 2 if path.name.startswith("float32") else 1
+            x_parts, y_parts = (parts_of(side, y, None, None, None, number=number) for side in (x, y))
+            both = (side for of in zip(x_parts[2:5], y_parts[2:5], strict=True) for side in of)
+            del options["PREC"]
+            expanded_parts[(tiles,)](
+                *both, squares, d2, near, S, x_parts.parts.shape[3],
+                PARTS=number, BY_ROW=path.dtype == torch.float32, **options,
+            )  # fmt: skip
+            return Tiles(squares, d2.double(), near.bool(), S)
         centre = x.new_zeros(D)
         centred = path.variant == "centred"
         expanded[(tiles,)](x, y, centre, squares, d2, near, S, D, CENTRED=centred, **options)
