@@ -280,3 +280,65 @@ def test_what_other_pages_quote() -> None:
     assert f"takes {min(many[0]):.1f} to {max(many[0]):.0f} times as long" in cdist
     assert f"by matrix product {between(many[1], '.1f')} times" in cdist
     assert f"matrix product takes {between(few[1], '.2f')} times as long" in cdist
+
+
+H200 = ROOT / "bench" / "results" / "h200"
+FORMATS = {"bfloat16": "bfloat16", "tf32": "TF32", "float32": "float32", "float16": "float16"}
+
+
+def on_h200(name: str) -> list[dict]:
+    return json.loads((H200 / f"{name}.json").read_text())["rows"]
+
+
+def claim_of_the_lstm() -> str:
+    """Of each number format the geometric mean over the sizes of one layer, and the least."""
+    from gatematch.bench.speed_report import classes
+
+    of = {members.words: members.against("torch.nn.LSTM") for members in classes(on_h200("speed-lstm"))}
+    parts = []
+    for dtype, name in FORMATS.items():
+        both = [of.get(("lstm/single", dtype, mode, "warm")) for mode in ("forward", "forward+backward")]
+        if None not in both:
+            means, least = (" and ".join(f"{found[n]:.2f}" for found in both) for n in (0, 1))
+            parts.append(f"{means} in {name} (at least {least})")
+    return ", ".join(parts)
+
+
+def claims_of_pairwise_attention() -> list[str]:
+    """Of each peer that is right: the range of its times over ours, forward and with backward."""
+    found = []
+    for attend, peers in (
+        (False, ("cdist, fast mode", "cdist, exact mode", "compiled expansion")),
+        (True, ("cdist, fast mode", "compiled expansion", "FlexAttention")),
+    ):
+        for peer in peers:
+            parts = []
+            for mode in ("forward", "forward+backward"):
+                ratios = [
+                    row["peers"][peer]["ratio"]
+                    for row in on_h200("speed-pairwise")
+                    if ("attend" in row["case"]) == attend
+                    and (row.get("mode"), row.get("timing")) == (mode, "cold")
+                    and "ratio" in row["peers"].get(peer, {})
+                ]
+                if ratios:
+                    words = mode.replace("+", " and ")
+                    parts.append(f"{between(ratios, '.2f')} of our time {words} in {len(ratios)} rows")
+            found.append(f"{peer}: {'; '.join(parts)}")
+    return found
+
+
+@pytest.mark.skipif(not H200.exists(), reason="nothing measured on an H200 is in this checkout")
+def test_what_is_said_of_an_h200() -> None:
+    pytest.importorskip("rich")
+    checked = on_h200("check")
+    passed = next(row for row in on_h200("gpu") if row["stage"] == "tests")
+    assert not missing(
+        claim_of_the_lstm(),
+        *claims_of_pairwise_attention(),
+        f"all {len(checked)} rows of `check` are within their bounds",
+        f"{passed['passed']} tests passed, and {passed['failed']} failed",
+    )
+    assert all(row["error"] <= row["bound"] for row in checked)
+    found = [json.loads(path.read_text())["meta"] for path in H200.glob("*.json")]
+    assert len({(meta["device"], meta["driver"], meta["torch"], meta["triton"]) for meta in found}) == 1
