@@ -19,6 +19,7 @@ from torch import Tensor
 from . import config
 from .distance import (
     DIRECT,
+    TAU,
     add_to_rows,
     centre_of,
     has_offset,
@@ -34,6 +35,11 @@ from .numerics import as_multiplied
 
 ROWS = tl.constexpr(128)
 FEATURES = tl.constexpr(64)
+# The least square, so that no far pair has a distance of 0; a float32 that is larger as bits is NaN or < 0.
+TINY = tl.constexpr(1e-37)
+INFINITY = tl.constexpr(0x7F800000)
+# Near pairs are looked for in so many columns at a time: those of a row are the bits of an integer.
+NEAR = tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=["M", "N", "D", "stride_xb", "stride_x", "stride_yb", "stride_y"])
@@ -72,7 +78,9 @@ def pairwise_prepare(
             x = as_multiplied(x, PREC)
         tl.store(copy_ptr + i[:, None] * features + k[None, :], x)
         squares += x.to(tl.float32) * x.to(tl.float32)
-    tl.store(squares_ptr + i, tl.sum(squares, 1))
+    squares = tl.sum(squares, 1)
+    squares = tl.where(squares < TINY, TINY, squares)
+    tl.store(squares_ptr + i, tl.where(i < x_left, squares, float("inf")))
 
 
 @triton.jit
@@ -108,6 +116,125 @@ def tile_distances(
         d2 = squares - 2.0 * product
         near = is_near(d2, squares, valid)
     return tl.sqrt(d2), near, valid & (near == 0)
+
+
+@triton.jit
+def held_copies(copy_ptr, HELD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_M rows of a copy in HELD blocks of BLOCK_K features, all that they have."""
+    i = tl.arange(0, BLOCK_M)
+    held = ()
+    for c in tl.static_range(HELD):
+        k = c * BLOCK_K + tl.arange(0, BLOCK_K)
+        held += (tl.load(copy_ptr + i[:, None] * (HELD * BLOCK_K) + k[None, :]),)
+    return held
+
+
+@triton.jit
+def tile_product(
+    x, x_copy_ptr, y_copy_ptr, features,
+    PREC: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x·y of a tile [BLOCK_M, BLOCK_N]; of x from `held_copies` if HELD, and then the blocks of y too."""
+    tl.static_assert(ROWS % BLOCK_M == 0 and ROWS % BLOCK_N == 0, "the copies have whole blocks of rows")
+    tl.static_assert(FEATURES % BLOCK_K == 0, "the copies have whole blocks of features")
+    j = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    held = ()
+    if HELD > 0:
+        for c in tl.static_range(HELD):
+            y = tl.load(y_copy_ptr + j[:, None] * (HELD * BLOCK_K) + (c * BLOCK_K + k)[None, :])
+            product = tl.dot(x[c], tl.trans(y), product, input_precision=PREC)
+            held += (y,)
+    else:
+        i = tl.arange(0, BLOCK_M)
+        for k0 in range(0, features, BLOCK_K):
+            rows_x = tl.load(x_copy_ptr + i[:, None] * features + (k0 + k)[None, :])
+            rows_y = tl.load(y_copy_ptr + j[:, None] * features + (k0 + k)[None, :])
+            product = tl.dot(rows_x, tl.trans(rows_y), product, input_precision=PREC)
+    return product, held
+
+
+@triton.jit
+def block_of(rows_ptr, n, V, left, step, VEC: tl.constexpr, PREC: tl.constexpr, BLOCK: tl.constexpr):
+    """The columns n of the first BLOCK rows, as they are multiplied; 0 past `left` rows and V columns.
+
+    Rows are filled up with zeros to a multiple of VEC columns.
+    """
+    i = tl.arange(0, BLOCK)
+    inside = (i < left)[:, None] & (n < tl.cdiv(V, VEC) * VEC)[None, :]
+    x = tl.load(rows_ptr + i[:, None] * step + n[None, :], inside, other=0.0)
+    if x.dtype == tl.float32:
+        x = as_multiplied(x, PREC)
+    return x
+
+
+@triton.jit
+def far_squares(product, x_squares, y_squares):
+    """d² of a tile, infinity for near pairs, and for each row a number above INFINITY if it has near pairs.
+
+    As an unsigned integer, a float that is negative or NaN is larger than infinity. NaN, from norms that
+    overflow or rows of NaN, count as near. Where a square is infinite and the product is not, so is d².
+    """
+    squares = x_squares[:, None] + y_squares[None, :]
+    # d² - TAU * squares, in operations that no compiler may fuse otherwise: both walks must agree.
+    past = tl.fma(product, -2.0, (1.0 - TAU) * squares).to(tl.uint32, bitcast=True)
+    d2 = tl.fma(product, -2.0, squares)
+    return tl.where(past > INFINITY, float("inf"), d2), tl.max(past, 1)
+
+
+@triton.jit
+def near_of(product, x_squares, y_squares, x_left, y_left, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which pairs of a tile `far_squares` has left out, but for those of rows of NaN and past the lengths."""
+    squares = x_squares[:, None] + y_squares[None, :]
+    past = tl.fma(product, -2.0, (1.0 - TAU) * squares).to(tl.uint32, bitcast=True)
+    valid = (tl.arange(0, BLOCK_M) < x_left)[:, None] & (tl.arange(0, BLOCK_N) < y_left)[None, :]
+    return (past > INFINITY) & (squares == squares) & valid
+
+
+@triton.jit
+def far_scores(d2, dtype: tl.constexpr):
+    """S of far pairs in float32, as exact as `dtype` holds it; 0 where d² is infinite.
+
+    The square of an approximate 1 / sqrt(1 + d) takes fewer instructions than a division. It is wrong by a
+    few roundings of float32; a step of Newton's method makes that one.
+    """
+    e = 1.0 + tl.sqrt(d2)
+    root = tl.rsqrt(e)
+    S = root * root
+    if dtype == tl.float32:
+        S = tl.where(S == 0.0, 0.0, tl.fma(S, tl.fma(S, -e, 1.0), S))
+    return S
+
+
+@triton.jit
+def either(x, y):
+    return x | y
+
+
+@triton.jit
+def near_scores(
+    x_ptr, y_ptr, x_copy_ptr, y_copy_ptr, x_squares, y_squares, x_left, y_left, D, features, step_x, step_y,
+    PREC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """S of the near pairs of a tile from their differences, and 0 for the others."""
+    product, _ = tile_product((), x_copy_ptr, y_copy_ptr, features, PREC, 0, BLOCK_M, BLOCK_N, BLOCK_K)
+    near = near_of(product, x_squares, y_squares, x_left, y_left, BLOCK_M, BLOCK_N)
+    counts = tl.sum(near.to(tl.int32), 1)
+    number = tl.sum(counts, 0)
+    S = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    words = near_words(near, BLOCK_N)
+    most = tl.max(counts, 0)
+    for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
+        p = p0 + tl.arange(0, BLOCK_P)
+        live = p < number
+        row, column = pick(words, counts, most, p, BLOCK_M)
+        d = near_distances(x_ptr, y_ptr, row, column, live, D, step_x, step_y, BLOCK_P, FEATURES)
+        there = (tl.arange(0, BLOCK_N)[None, :] == column[:, None]) & live[:, None]
+        S = add_to_rows(S, row, tl.where(there, (1.0 / (1.0 + d))[:, None], 0.0), PREC, BLOCK_M)
+    return S
 
 
 @triton.jit
@@ -153,6 +280,36 @@ class Side(NamedTuple):
     @property
     def pointers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return self.rows, self.lengths, self.copy, self.squares
+
+
+def aligned(v: Tensor) -> Tensor:
+    """v (B, N, V) in rows that start at multiples of 16 bytes, filled up with zeros to as many."""
+    v, vec = rows(v), 16 // v.element_size()
+    whole = v.shape[2] % vec == 0 and layout(v)[0] == vec
+    return v if whole else torch.nn.functional.pad(v, (0, -v.shape[2] % vec))
+
+
+def in_whole_blocks(numbers: Tensor | None) -> Tensor | None:
+    """Numbers of rows (B, M) filled up with zeros to whole blocks of ROWS."""
+    return None if numbers is None else torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % ROWS.value))
+
+
+def fitting(tile: config.Config, D: int, vec: int) -> dict[str, int]:
+    """The options of a launch; differences of few features, or of rows loaded piecemeal, take registers."""
+    narrow = {"BLOCK_N": min(tile.blocks["BLOCK_N"], 32)} if D <= DIRECT or vec == 1 else {}
+    return {**tile.options, **narrow}
+
+
+def blocks_held(D: int, resident: int, block: int) -> int:
+    """How many blocks of features a program keeps of the rows of x: all of them or none."""
+    features = triton.cdiv(D, FEATURES.value) * FEATURES.value
+    return features // block if DIRECT < D <= resident else 0
+
+
+def shared_out(blocks: int, most: int) -> tuple[int, int]:
+    """Among how many programs blocks are shared out evenly, at most so many each, and how many each has."""
+    programs = triton.cdiv(blocks, most)
+    return programs, triton.cdiv(blocks, programs)
 
 
 def prepare(

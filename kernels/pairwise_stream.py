@@ -17,12 +17,63 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .distance import DIRECT, length_of
-from .launch import layout, multiprocessors, product_precision, programs, rows
+from .distance import DIRECT, length_of, squares_by_feature
+from .launch import layout, multiprocessors, product_precision, programs
 from .numerics import as_multiplied
-from .pairwise_prepare import FEATURES, ROWS, Side, padded, tile_scores
+from .pairwise_prepare import (
+    FEATURES,
+    INFINITY,
+    NEAR,
+    ROWS,
+    Side,
+    aligned,
+    block_of,
+    blocks_held,
+    either,
+    far_scores,
+    far_squares,
+    fitting,
+    held_copies,
+    in_whole_blocks,
+    near_scores,
+    padded,
+    shared_out,
+    tile_product,
+    tile_scores,
+)
 
 _STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
+
+
+# A product with so many columns of ones adds up rows of numbers as they are multiplied, in few instructions.
+ONES = tl.constexpr(16)
+
+
+@triton.jit
+def add_row_sums(sums, S):
+    """sums [M, ONES], the same in every column, plus the row sums of S [M, N]."""
+    if S.dtype == tl.float32:
+        return sums + tl.sum(S, 1)[:, None]
+    else:
+        return tl.dot(S, tl.full((S.shape[1], ONES), 1.0, S.dtype), sums)
+
+
+@triton.jit
+def add_products(
+    totals, S, v_ptr, n0, V, y_left, step_v,
+    VEC_V: tl.constexpr, PREC: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """totals, PARTS blocks [M, BLOCK_V], plus S [M, N] @ v for the columns from n0 on; S as multiplied."""
+    if v_ptr.dtype.element_ty == tl.float32:
+        S = as_multiplied(S, PREC)
+    else:
+        S = S.to(v_ptr.dtype.element_ty)
+    sums = ()
+    for c in tl.static_range(PARTS):
+        n = n0 + c * BLOCK_V + tl.arange(0, BLOCK_V)
+        v = block_of(v_ptr, n, V, y_left, step_v, VEC_V, PREC, S.shape[1])
+        sums += (tl.dot(S, v, totals[c], input_precision=PREC),)
+    return sums, S
 
 
 @triton.jit(do_not_specialize=["B", "M", "N", "D", "V", "splits", *_STRIDES, "stride_vb", "stride_v"])
@@ -33,23 +84,24 @@ def pairwise_stream_fwd(
     stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
     stride_vb: tl.int64, stride_v: tl.int64,
     VEC_D: tl.constexpr, VEC_V: tl.constexpr, PREC: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr,
+    HELD: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_V columns of S @ v for BLOCK_M rows, from one of `splits` ranges of the rows of y.
+    """PARTS blocks of BLOCK_V columns of S @ v for BLOCK_M rows, from one of `splits` ranges of rows of y.
 
     o (splits, B, M, V); r (splits, B, M): the row sums, if given. NORMALIZE: o is divided by them. With
-    y_scale (B, N) the columns of S are multiplied by it first.
+    y_scale (B, N') the columns of S are multiplied by it first. HELD: the number of blocks of BLOCK_K
+    features, if those of x are kept, or 0.
     """
     D *= VEC_D
     stride_x *= VEC_D
     stride_y *= VEC_D
-    V *= VEC_V
     stride_v *= VEC_V
     # The programs of one block of rows come one after the other.
-    tiles_v = tl.cdiv(V, BLOCK_V)
+    tiles_v = tl.cdiv(V, PARTS * BLOCK_V)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    n = tl.program_id(0) % tiles_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    n0 = tl.program_id(0) % tiles_v * (PARTS * BLOCK_V)
     program = tl.program_id(0) // tiles_v
     i0 = program % tiles_m * BLOCK_M
     split = program // tiles_m % splits
@@ -64,43 +116,92 @@ def pairwise_stream_fwd(
     x_squares_ptr += b * padded(M, ROWS) + i0
     y_copy_ptr += b * padded(N, ROWS) * features
     y_squares_ptr += b * padded(N, ROWS)
+    if y_scale_ptr is not None:
+        y_scale_ptr += b * padded(N, ROWS)
+    step = features.to(tl.int32)
     step_x = stride_x.to(tl.int32)
     step_y = stride_y.to(tl.int32)
     step_v = stride_v.to(tl.int32)
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
-    in_v = n < V
-    total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    row_sums = tl.zeros((BLOCK_M,), tl.float32)
+    totals = ()
+    for c in tl.static_range(PARTS):  # noqa: B007
+        totals += (tl.zeros((BLOCK_M, BLOCK_V), tl.float32),)
+    sums = tl.zeros((BLOCK_M, ONES), tl.float32)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first = split * tiles_n // splits * BLOCK_N
     last = tl.minimum((split + 1) * tiles_n // splits * BLOCK_N, y_end)
     if x_left <= 0:
         last = first
+    x = ()
+    x_squares = tl.zeros((BLOCK_M,), tl.float32)
+    found = tl.zeros((BLOCK_M,), tl.int32)
+    if not FEW:
+        x_squares = tl.load(x_squares_ptr + i)
+        x = held_copies(x_copy_ptr, HELD, BLOCK_M, BLOCK_K)
+    # The first walk takes near pairs as 0 and notes their tiles: a bit for each, number t in the bit t % 32.
     for j0 in range(first, last, BLOCK_N):
-        s = tile_scores(
-            x_ptr, y_ptr + j0 * stride_y, x_copy_ptr, y_copy_ptr + j0 * features,
-            x_squares_ptr, y_squares_ptr + j0, x_left, y_end - j0, D, features.to(tl.int32),
-            step_x, step_y, PREC, FEW, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_P,
-        )  # fmt: skip
-        if y_scale_ptr is not None:
-            s *= tl.load(y_scale_ptr + b * N + j0 + j, j < y_end - j0, other=0.0)[None, :]
-        v_at = v_ptr + j0 * stride_v + j[:, None] * step_v + n[None, :]
-        v = tl.load(v_at, (j < y_end - j0)[:, None] & in_v[None, :], other=0.0)
-        if v.dtype == tl.float32:
-            s = as_multiplied(s, PREC)
-            v = as_multiplied(v, PREC)
+        y_left = y_end - j0
+        if FEW:
+            d2 = squares_by_feature(
+                x_ptr, y_ptr + j0 * stride_y, x_left, y_left, D, step_x, step_y, BLOCK_M, BLOCK_N
+            )
+            d2 = tl.where((j < y_left)[None, :], d2, float("inf"))
         else:
-            s = s.to(v.dtype)
-        row_sums += tl.sum(s.to(tl.float32), 1)
-        total = tl.dot(s, v, total, input_precision=PREC)
-    if NORMALIZE:
-        total /= tl.where(row_sums == 0.0, 1.0, row_sums)[:, None]
+            product, _ = tile_product(
+                x, x_copy_ptr, y_copy_ptr + j0 * features, step, PREC, HELD, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+            d2, past = far_squares(product, x_squares, tl.load(y_squares_ptr + j0 + j))
+            found |= (past > INFINITY).to(tl.int32) << (j0 // BLOCK_N % 32)
+        S = far_scores(d2, v_ptr.dtype.element_ty)
+        if y_scale_ptr is not None:
+            S *= tl.load(y_scale_ptr + j0 + j)[None, :]
+        totals, S = add_products(
+            totals, S, v_ptr + j0 * stride_v, n0, V, y_left, step_v, VEC_V, PREC, PARTS, BLOCK_V
+        )
+        if r_ptr is not None:
+            sums = add_row_sums(sums, S)
+    if not FEW:
+        y_sums = tl.zeros((NEAR,), tl.float32)
+        visited = tl.reduce(found, 0, either)
+        if visited != 0:
+            for j0 in tl.range(first, last, NEAR, num_stages=1):
+                if (visited >> (j0 // BLOCK_N % 32)) & 1 != 0:
+                    y_left = y_end - j0
+                    y_squares = tl.load(y_squares_ptr + j0 + tl.arange(0, NEAR))
+                    y_sums += y_squares
+                    S = near_scores(
+                        x_ptr, y_ptr + j0 * stride_y, x_copy_ptr, y_copy_ptr + j0 * features,
+                        x_squares, y_squares, x_left, y_left, D, step, step_x, step_y,
+                        PREC, BLOCK_M, NEAR, BLOCK_K, BLOCK_P,
+                    )  # fmt: skip
+                    if y_scale_ptr is not None:
+                        S *= tl.load(y_scale_ptr + j0 + tl.arange(0, NEAR))[None, :]
+                    totals, S = add_products(
+                        totals, S, v_ptr + j0 * stride_v, n0, V, y_left, step_v, VEC_V, PREC, PARTS, BLOCK_V
+                    )
+                    if r_ptr is not None:
+                        sums = add_row_sums(sums, S)
+        # Neither walk has taken the pairs of rows of NaN.
+        squares = x_squares + tl.sum(y_sums, 0)
+        lost = tl.where((squares != squares) & (first < last), float("nan"), 0.0)
+    row_sums = tl.sum(sums, 1) / ONES
+    if not FEW:
+        row_sums += lost
     out = (split * B + b) * M + i0
     inside = i < M - i0
-    o_at = o_ptr + out * V + i[:, None] * V + n[None, :]
-    tl.store(o_at, total.to(o_ptr.dtype.element_ty), inside[:, None] & in_v[None, :])
+    for c in tl.static_range(PARTS):
+        total = totals[c]
+        if not FEW:
+            total += lost[:, None]
+        if NORMALIZE:
+            total /= tl.where(row_sums == 0.0, 1.0, row_sums)[:, None]
+        total = tl.where((i < x_left)[:, None], total, 0.0)
+        n = n0 + c * BLOCK_V + tl.arange(0, BLOCK_V)
+        o_at = o_ptr + out * V + i[:, None] * V + n[None, :]
+        tl.store(o_at, total.to(o_ptr.dtype.element_ty), inside[:, None] & (n < V)[None, :])
     if r_ptr is not None:
+        row_sums = tl.where(i < x_left, row_sums, 0.0)
         tl.store(r_ptr + out + i, row_sums, inside & (tl.program_id(0) % tiles_v == 0))
 
 
@@ -182,20 +283,23 @@ def attend_forward(
         return v.new_zeros(B, M, V, dtype=dtype), v.new_ones(B, M, dtype=dtype) if normalize else None
     arch = config.architecture(v.device)
     tile = config.choose("pairwise_stream_fwd", arch, v.dtype, {"M": M, "N": N, "D": D, "V": V})
-    v = rows(v)
+    v = aligned(v)
     vec_d, strides = layout(x.rows, y.rows, size=D)
-    vec_v, v_strides = layout(v, size=V)
-    tiles = B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(V, tile.blocks["BLOCK_V"])
+    vec_v, v_strides = layout(v)
+    options = fitting(tile, D, vec_d)
+    held = blocks_held(D, options.pop("RESIDENT"), options["BLOCK_K"])
+    groups, options["PARTS"] = shared_out(triton.cdiv(V, options["BLOCK_V"]), options["PARTS"])
+    tiles = B * triton.cdiv(M, options["BLOCK_M"]) * groups
     splits = min(triton.cdiv(_wanted(v.device), tiles), triton.cdiv(N, tile.blocks["BLOCK_N"]))
     O = v.new_empty(splits, B, M, V, dtype=dtype if splits == 1 else torch.float32)
     r = v.new_empty(splits, B, M, dtype=torch.float32) if normalize else None
     with torch.cuda.device_of(v):
         pairwise_stream_fwd[programs(tiles * splits)](
-            *x.pointers, *y.pointers, v, y_scale, O, r,
-            B, M, N, D // vec_d, V // vec_v, splits, *strides, *v_strides,
+            *x.pointers, *y.pointers, v, in_whole_blocks(y_scale), O, r,
+            B, M, N, D // vec_d, V, splits, *strides, *v_strides,
             VEC_D=vec_d, VEC_V=vec_v, PREC=product_precision(v.dtype, precision, arch),
-            FEW=D <= DIRECT, NORMALIZE=normalize and splits == 1,
-            **tile.options,
+            FEW=D <= DIRECT, NORMALIZE=normalize and splits == 1, HELD=held,
+            **options,
         )  # fmt: skip
     if splits == 1:
         return O[0], None if r is None else r[0]
