@@ -45,10 +45,10 @@ def layers(
     h_n, c_n = [], []
     cells = None
     by_cell = (
-        x.shape[0] == 1
+        impl in ("auto", "triton", "step")
         and lengths is None
-        and impl in ("auto", "triton", "step")
         and not (spec.proj_size or return_cells)
+        and x.shape[0] == 1
     )
     with no_autocast(x):
         for layer in range(spec.num_layers):

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 from triton.runtime.errors import InterpreterError, OutOfResources
 
+from gatematch.bench.launches import launched_with
 from gatematch.kernels import config, lstm_persistent, lstm_resident
 from gatematch.kernels import cooperative as launching
 from gatematch.lstm import LSTM, LSTMCell, ops, selection
@@ -294,6 +295,19 @@ def test_a_batch_larger_than_what_runs_at_once_takes_several_launches(processors
     with cooperative(seed=1):
         check_layer(2, 35, 3, 64, torch.float32, impl="persistent")
     assert len(grids) > 2 and {directions for *_, directions in grids} == {together}
+
+
+@pytest.mark.parametrize(
+    ("units", "rows", "chunk", "resident", "H"),
+    [(32, 32, 32, 64, 128), (64, 16, 128, 128, 256), (32, 16, 64, 128, 192), (64, 16, 16, 0, 64)],
+)
+def test_every_way_to_cut_the_work(units, rows, chunk, resident, H):
+    """Also where a configuration's units do not divide H: backward four programs at a time have to."""
+    blocks = {"BLOCK_H": units, "BLOCK_B": rows, "BLOCK_K": chunk, "AHEAD": 1, "RESIDENT": resident}
+    tile = config.Config(blocks, num_warps=8, num_stages=1)
+    kernels = ("lstm_persistent_fwd", "lstm_persistent_bwd")
+    with launched_with(kernels[0], tile), launched_with(kernels[1], tile), cooperative(seed=1):
+        check_layer(2, 35, 3, H, torch.float32, impl="persistent")
 
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
