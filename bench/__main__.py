@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,7 @@ def speed(
     """Ours beside torch's own, forward and forward+backward, each row right before it is timed; exit code 1
     when one of ours is wrong."""
     from gatematch.bench.results import describe_machine, write_results
-    from gatematch.bench.speed import chosen, run_speed
+    from gatematch.bench.speed import call_once, chosen, in_turns, run_speed
     from gatematch.bench.speed_report import faults, speed_summary, speed_table
 
     with one_sentence_errors():
@@ -96,7 +97,8 @@ def speed(
             from gatematch.bench.ahead import compile_ahead
             from gatematch.bench.ceilings import ceilings
 
-            typer.echo(compile_ahead(cases, where, compiled))
+            once = partial(call_once, device=where, compiled=compiled)
+            typer.echo(compile_ahead(in_turns(cases), once, where))
             more["ceilings"] = ceilings(where)
         meta = describe_machine(where) | more
 

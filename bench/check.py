@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,32 @@ RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torc
 # An LSTM rounds at every step, and torch's 16-bit ops round the gates too.
 RECURRENT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
+# Processes that compile on a GPU: beside them there may be other stages.
+_SHARES = 8
 Outputs = tuple[Tensor, ...]
+Row = Callable[[], dict[str, Any]]
 
 
 def run_check(device: torch.device) -> list[dict[str, Any]]:
     """One row for each op or module, dtype and setting: forward error, gradient error, and their bounds."""
+    if device.type == "cuda":
+        from .ahead import compile_ahead  # which needs Triton
+
+        print(compile_ahead(range(_SHARES), partial(some_rows, of=_SHARES, device=device), device))
     torch.manual_seed(0)
-    rows = chain(_pairwise_rows(device), _lstm_rows(device))
-    return list(track(rows, description="check", transient=True))
+    return [row() for row in track(_rows(device), description="check", transient=True)]
+
+
+def some_rows(first: int, of: int, device: torch.device) -> None:
+    """One row of so many, for what it compiles."""
+    for row in islice(_rows(device), first, None, of):
+        row()
+
+
+def _rows(device: torch.device) -> Iterator[Row]:
+    """Each to be called before the next one is asked for."""
+    yield from _pairwise_rows(device)
+    yield from _lstm_rows(device)
 
 
 def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,12 +131,13 @@ def _rows_at_distances(
     return (q.flatten(1, 2) + offset).to(device, dtype), (a + offset).to(device, dtype)
 
 
-def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
+def _pairwise_rows(device: torch.device) -> Iterator[Row]:
     for dtype in DTYPES:
         scores, relative = (SCORE[dtype], RELATIVE[dtype]), (RELATIVE[dtype], RELATIVE[dtype])
         for D in (1, 7, 50, 300, 768, 4096):
             for offset in (0.0, 10.0):
-                yield _row(
+                yield partial(
+                    _row,
                     "pairwise/attention",
                     f"D {D}, distances 0 to 100" + (f", offset {offset:g}" if offset else ""),
                     dtype,
@@ -130,7 +150,8 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
         q, a = _rows_at_distances(50, 0.0, dtype, device)
         v = torch.randn(*a.shape[:2], 65, device=device, dtype=dtype)
         lengths = torch.tensor([q.shape[1], 3], device=device), torch.tensor([0, 4], device=device)
-        yield _row(
+        yield partial(
+            _row,
             "pairwise/PairwiseAttention",
             "lengths",
             dtype,
@@ -144,7 +165,8 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
         both: dict[str, Any] = {"q_lengths": lengths[0], "a_lengths": lengths[1]}
         for normalize in (None, "rows"):
             for given in (no_lengths, both):
-                yield _row(
+                yield partial(
+                    _row,
                     "pairwise/attend",
                     f"normalize {normalize}{', lengths' if given else ''}",
                     dtype,
@@ -154,7 +176,8 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
                     relative,
                 )
         for given in (no_lengths, both):
-            yield _row(
+            yield partial(
+                _row,
                 "pairwise/sums",
                 "lengths" if given else "",
                 dtype,
@@ -168,7 +191,8 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
         exact.load_state_dict(features.state_dict())
         doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
         for given in (no_lengths, both):
-            yield _row(
+            yield partial(
+                _row,
                 "pairwise/AttentionFeatures",
                 "lengths" if given else "",
                 dtype,
@@ -179,7 +203,7 @@ def _pairwise_rows(device: torch.device) -> Iterator[dict[str, Any]]:
             )
 
 
-def _lstm_rows(device: torch.device) -> Iterator[dict[str, Any]]:
+def _lstm_rows(device: torch.device) -> Iterator[Row]:
     settings: dict[str, dict[str, Any]] = {
         "1 layer": {},
         "2 layers, bidirectional": {"num_layers": 2, "bidirectional": True},
@@ -191,8 +215,8 @@ def _lstm_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     }
     for dtype in DTYPES:
         for setting, options in settings.items():
-            yield _lstm_row(setting, options, dtype, device)
-        yield _cell_row(dtype, device)
+            yield partial(_lstm_row, setting, options, dtype, device)
+        yield partial(_cell_row, dtype, device)
 
 
 def _lstm_row(

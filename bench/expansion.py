@@ -17,6 +17,8 @@ none is rounded before it is multiplied: what that would do to S is no error of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,8 @@ WORDS = 7  # odd: evenly spaced rows, as kernels look at for an offset, are of m
 NORMS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 16.0, 1024.0)
 EPS = 2.0**-24
 BOUND = 1e-6
+# Processes that compile: beside them there may be other stages.
+_SHARES = 8
 
 
 @triton.jit(do_not_specialize=["D"])
@@ -248,8 +252,13 @@ def run_expansion(device: torch.device) -> list[dict[str, Any]]:
     """
     if (reason := obstacle(torch.empty(0, device=device))) is not None:
         raise ValueError(f"--device must be a GPU, for expansion measures its tensor cores: {reason}")
-    torch.manual_seed(0)
     chosen = [(path, D) for path in paths() for D in SIZES]
+    if device.type == "cuda":
+        from .ahead import compile_ahead
+
+        shares = [chosen[n::_SHARES] for n in range(_SHARES)]
+        print(compile_ahead(shares, partial(compile_some, device=device), device))
+    torch.manual_seed(0)
     rows = []
     for path, D in track(chosen, description="expansion", transient=True):
         try:
@@ -262,6 +271,12 @@ def run_expansion(device: torch.device) -> list[dict[str, Any]]:
             head = {"case": f"expansion/{path.name}/D {D}", "path": path.name, "D": D, "bound": path.bound}
             rows.append(head | nothing | {"reason": f"{type(failure).__name__}: {failure}"})
     return rows
+
+
+def compile_some(chosen: list[tuple[Path, int]], device: torch.device) -> None:
+    for path, D in chosen:
+        with suppress(Exception):  # which is told in its row
+            measure(path, D, TILES, device)
 
 
 def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,12 +22,14 @@ from gatematch.kernels.precision import Switch
 from .cases import build, cases_of
 from .check import largest
 from .floors import add_floors
-from .problems import Case, Function, Problem
+from .problems import COMPILED, Case, Function, Problem
 from .timing import Call, graphed, measure, peak_bytes
 
 MODES = ("forward", "forward+backward")
 # A row counts as wrong when its gradients, relative to the largest, are off by this many times its bound.
 GRADIENT = 10
+# Of an LSTM compiled ahead: its kernels are the same for all numbers of steps that 16 divides.
+_STEPS = 16
 
 
 def chosen(device: torch.device, pattern: str) -> list[Case]:
@@ -87,6 +90,43 @@ def run_speed(
                 torch.cuda.synchronize(device)  # raises where the device is lost: all others would fail, too
             keep(rows)
     return rows
+
+
+def in_turns(cases: list[Case]) -> list[Case]:
+    """For compile_ahead one case of everything that compiles to the same, in few steps.
+
+    Batch sizes of a layer, of which some have a kernel in common, are far from each other: side by side it
+    would be compiled twice.
+    """
+    found: dict[str, Case] = {}
+    for case in cases:
+        shape = dict(case.shape)
+        if shape.get("T", 1) > _STEPS:
+            shape["T"] = _STEPS
+        found.setdefault(repr((case.name, shape, case.numbers, case.options)), replace(case, shape=shape))
+    turns: dict[str, int] = {}
+    order = []
+    for case in found.values():
+        key = repr((case.name, case.numbers, [case.shape.get(letter) for letter in "HD"]))
+        turns[key] = turns.get(key, -1) + 1
+        order.append((turns[key], case))
+    return [case for _, case in sorted(order, key=lambda pair: pair[0])]
+
+
+def call_once(case: Case, device: torch.device, compiled: bool) -> None:
+    """Ours, and the peers that torch.compile makes, in both modes; each that fails leaves the others."""
+    torch._dynamo.reset()
+    with Switch(torch.backends.cudnn.rnn).at(case.precision):
+        problem = build(case, device, compiled)
+        with torch.no_grad():
+            upstream = torch.randn_like(problem.ours())
+        peers = [problem.peers[name] for name in COMPILED if name in problem.peers]
+        for mode in MODES:
+            for module in problem.modules:
+                module.train(mode != "forward")
+            for function, wrt in [(problem.ours, problem.ours_wrt), *peers]:
+                with contextlib.suppress(Exception):
+                    run(function, wrt, upstream, mode)
 
 
 def run(function: Function, wrt: list[Tensor], upstream: Tensor, mode: str) -> tuple[Tensor, ...]:

@@ -172,8 +172,8 @@ def ahead():
     return ahead
 
 
-def test_every_case_is_compiled_ahead_once(ahead):
-    distinct = ahead.in_turns(cases.GPU_CASES)
+def test_every_case_is_compiled_ahead_once():
+    distinct = speed.in_turns(cases.GPU_CASES)
 
     def key(case):
         return case.name, case.numbers, {**case.shape, "T": min(case.shape.get("T", 1), 16)}, case.options
@@ -201,96 +201,105 @@ def test_the_kernels_of_few_steps_are_those_of_many():
 
 
 @pytest.fixture
-def forked(ahead, monkeypatch):
+def on_no_device(ahead, monkeypatch):
+    for name in ("device", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: contextlib.nullcontext())
+    monkeypatch.setattr(ahead.torch, "set_num_threads", lambda number: None)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")
+
+
+@pytest.fixture
+def forked(ahead, on_no_device, monkeypatch):
     fork = multiprocessing.get_context("fork")  # processes that know the stubs
     monkeypatch.setattr(ahead, "multiprocessing", SimpleNamespace(get_context=lambda kind: fork))
     monkeypatch.setattr(ahead, "PROCESSES", 3)
 
 
-MADE = [Case(f"pairwise/{n}", {"B": 2, "Q": 3, "A": 1, "D": 1}) for n in range(5)]
+def test_processes_take_turns(ahead, forked, tmp_path):
+    def call(part):
+        (tmp_path / str(part)).touch(exist_ok=False)
+        if part == "fails":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said = ahead.compile_ahead(["a", "fails", "b", "c", "d"], call, GPU)
+    assert re.fullmatch(r"compiled ahead: 5 of 5, by 3 processes in \d+ s", said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "fails"]
 
 
-def test_processes_take_turns(ahead, forked, monkeypatch, tmp_path):
-    def take_turns(made, device, compiled, taken, done):
-        assert device == GPU and compiled
-        while (case := ahead._next(made, taken)) is not None:
-            (tmp_path / case.name.replace("/", "-")).touch(exist_ok=False)
-            with done.get_lock():
-                done.value += 1
-
-    monkeypatch.setattr(ahead, "take_turns", take_turns)
-    assert re.fullmatch(
-        r"compiled ahead: 5 of 5, by 3 processes in \d s", ahead.compile_ahead([*MADE, MADE[0]], GPU, True)
-    )
-    assert len(list(tmp_path.iterdir())) == 5
-
-
-def test_one_that_hangs_or_dies_holds_up_nobody_for_long(ahead, forked, monkeypatch):
-    def take_turns(made, device, compiled, taken, done):
+def test_one_that_hangs_or_dies_holds_up_nobody_for_long(ahead, forked):
+    def call(part):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if ahead._next(made, taken).name == "pairwise/0":
+        if part == "dies":
             os._exit(3)
         time.sleep(600)
 
-    monkeypatch.setattr(ahead, "take_turns", take_turns)
     began = time.monotonic()
-    assert ahead.compile_ahead(MADE, GPU, True, 0.5).startswith("compiled ahead: 0 of 5, by 3 processes")
+    said = ahead.compile_ahead(["dies", "hangs", "hangs", "hangs"], call, GPU, 0.5)
+    assert said.startswith("compiled ahead: 0 of 4, by 3 processes")
     assert time.monotonic() - began < 30 and not multiprocessing.active_children()
+
+
+def test_a_process_that_has_lost_the_device_takes_no_more(ahead, on_no_device, monkeypatch):
+    def lost(device):
+        if len(called) == 2:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    called, taken, done = [], turns(0), turns(0)
+    ahead.take_turns("abcd", called.append, GPU, taken, done)
+    assert called == ["a", "b"] and (taken.value, done.value) == (2, 1)
 
 
 def turns(number):
     return SimpleNamespace(value=number, get_lock=contextlib.nullcontext)
 
 
-def test_what_a_process_calls(ahead, monkeypatch):
+@pytest.mark.parametrize("bad", [None, "compiled loop", "ours"])
+def test_what_is_called_of_a_case(bad, monkeypatch):
     called = []
+    problem = made_problem()
+    problem.modules = (torch.nn.LSTM(2, 2),)
+    x = problem.ours_wrt[0]
 
-    def build(case, device, compiled):
-        assert compiled
-        if case.name == "pairwise/1":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        problem = made_problem()
-        problem.modules = (torch.nn.LSTM(2, 2),)
-        x = problem.ours_wrt[0]
+    def function(name):
+        def call():
+            called.append((name, torch.is_grad_enabled(), problem.modules[0].training))
+            if name == bad and len(called) > 1:
+                raise RuntimeError("no compiler")
+            return 2 * x
 
-        def function(name):
-            def call():
-                called.append((case.name, name, torch.is_grad_enabled(), problem.modules[0].training))
-                if name == "compiled loop":
-                    raise RuntimeError("no compiler")
-                return 2 * x
+        return call
 
-            return call
+    problem.ours = function("ours")
+    peers = ("cdist, fast mode", "compiled loop", "compiled expansion")
+    problem.peers = {name: (function(name), [x]) for name in peers}
+    monkeypatch.setattr(speed, "build", lambda case, device, compiled: problem)
+    speed.call_once(cases.GPU_CASES[0], CPU, True)
+    (first, *others), names = called, ("ours", "compiled expansion", "compiled loop")
+    assert first[:2] == ("ours", False)
+    assert others == [(name, grad, grad) for grad in (False, True) for name in names]
 
-        problem.ours = function("ours")
-        problem.peers = {
-            name: (function(name), [x])
-            for name in ("cdist, fast mode", "compiled loop", "compiled expansion")
-        }
-        return problem
 
-    def synchronize(device):
-        if len(called) > 9:
-            raise RuntimeError("an illegal memory access was encountered")
+def test_what_check_and_expansion_compile_ahead_is_all_that_they_do(ahead, monkeypatch):
+    from gatematch.bench import check, expansion
 
-    monkeypatch.setattr(ahead, "build", build)
-    monkeypatch.setattr(ahead.torch, "set_num_threads", lambda number: None)
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")
-    for name, stub in {
-        "device": lambda device: contextlib.nullcontext(),
-        "synchronize": synchronize,
-        "empty_cache": lambda: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    taken, done = turns(0), turns(0)
-    ahead.take_turns(MADE, GPU, True, taken, done)
-    names = ("ours", "compiled expansion", "compiled loop")
-    for case, these in ((0, called[:7]), (2, called[7:])):
-        (first, *these), case = these, f"pairwise/{case}"
-        assert first[:3] == (case, "ours", False)
-        assert these == [(case, name, grad, grad) for grad in (False, True) for name in names]
-    # The second did not fit, the third lost the device.
-    assert (taken.value, done.value, len(called)) == (3, 2, 14)
+    ran = []
+    monkeypatch.setattr(check, "_row", lambda *arguments, **more: ran.append(arguments[:3]) or {})
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+    check.run_check(CPU)
+    every, ran = ran[:], ran[:0]
+    monkeypatch.setattr(check, "_row", lambda *arguments, **more: ran.append(arguments[:3]) or {})
+    for n in range(check._SHARES):
+        check.some_rows(n, check._SHARES, CPU)
+    assert sorted(map(str, ran)) == sorted(map(str, every)) and len(every) == 12 + 1 + 4 + 2 + 2 + 7 + 1
+    measured, said = [], []
+    monkeypatch.setattr(expansion, "measure", lambda *chosen: measured.append(chosen) or {})
+    monkeypatch.setattr(expansion, "obstacle", lambda tensor: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(ahead, "compile_ahead", lambda parts, call, device: said.append([*map(call, parts)]))
+    assert len(expansion.run_expansion(GPU)) == len(measured) // 2 and len(said) == 1
+    half = len(measured) // 2
+    assert sorted(map(str, measured[:half])) == sorted(map(str, measured[half:]))
 
 
 # Timing
