@@ -106,7 +106,7 @@ def launches(
 ) -> Iterator[tuple[tuple[int, int, int], Tensor, Tensor, int, int]]:
     """Grid, exchange, counters, first block and first direction of each launch."""
     BLOCK_B, programs = options["BLOCK_B"], HP // options["BLOCK_H"]
-    blocks = triton.cdiv(B, BLOCK_B)
+    blocks = -(-B // BLOCK_B)
     for first_block, at_once, first_direction, together in slices(
         blocks, N, programs, processors(like.device)
     ):

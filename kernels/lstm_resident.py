@@ -236,7 +236,7 @@ def forward(
     y = make(T, B, N * H)
     h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
     cells = make(N, T, B, H, dtype=torch.float32) if save else None
-    grid = triton.cdiv(B, tile.blocks["BLOCK_B"]), N
+    grid = -(-B // tile.blocks["BLOCK_B"]), N
     steps = z.new_empty(grid[0] * N, dtype=torch.int32)
     with torch.cuda.device_of(z):
         lstm_resident_fwd[grid](
@@ -266,7 +266,7 @@ def backward(
     tile = config.choose("lstm_resident_bwd", arch, gates.dtype, {"H": HP, "B": B})
     dz = torch.empty_like(gates) if lengths is None else torch.zeros_like(gates)
     dh_0, dc_0 = torch.empty_like(c_0), torch.empty_like(c_0)
-    grid = triton.cdiv(B, tile.blocks["BLOCK_B"]), N
+    grid = -(-B // tile.blocks["BLOCK_B"]), N
     steps = gates.new_empty(grid[0] * N, dtype=torch.int32)
     with torch.cuda.device_of(gates):
         lstm_resident_bwd[grid](

@@ -207,7 +207,7 @@ def lstm_step_bwd(
 
 
 def _grid(tile: config.Config, N: int, B: int, H: int) -> tuple[int, int, int]:
-    return triton.cdiv(B, tile.blocks["BLOCK_B"]), triton.cdiv(H, tile.blocks["BLOCK_H"]), N
+    return -(-B // tile.blocks["BLOCK_B"]), -(-H // tile.blocks["BLOCK_H"]), N
 
 
 def _options(tile: config.Config, *vec: int) -> dict[str, int]:

@@ -3,6 +3,7 @@
 Shapes: those of layer.py, of fused.py where `impl` is "torch".
 """
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -204,3 +205,8 @@ class LSTMCellBackward(torch.autograd.Function):
         batch_in, batch_out = (None, *[0] * 6, *[None] * weights), (0, 0, 0, *[None] * weights)
         call = LSTMCellBackward.apply
         return vmapped(call, info.batch_size, in_dims, args, batch_in, batch_out, any(wanted[3:]))
+
+
+# `apply` asks for the signature in every call, and finds it there: to work it out takes as long as the rest.
+for _function in (LSTMLayer, LSTMLayerBackward, LSTMCell, LSTMCellBackward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ fused op, on any device; all else are the kernels, on CUDA, or on the CPU where 
 ops know no derivatives: autograd.py does. See layer.py for what is computed and for the shapes.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ from gatematch.kernels.launch import HIDDEN_MULTIPLE
 from . import fused
 
 Lengths = Tensor | None
+
+
+@functools.cache
+def _kernels() -> Any:
+    """What computes a layer, and a step. Triton is needed only now."""
+    from gatematch.kernels import lstm_step
+
+    from . import layer
+
+    return layer, lstm_step
 
 
 def _called_directly(*tensors: Tensor | None) -> bool:
@@ -59,10 +70,8 @@ def _layer(
         with no_autocast(x):
             y, h_n, c_n, cells = fused.layer(x, h_0, c_0, lengths, weights, projected, save)
     else:
-        from . import layer  # needs Triton
-
         call = (x, h_0, c_0, lengths, weights, projected, impl, save)
-        y, h_n, c_n, cells, gates, m = layer.forward(*call)
+        y, h_n, c_n, cells, gates, m = _kernels()[0].forward(*call)
     return y, h_n, c_n, or_empty(cells, x, fused.state_dtype(x)), or_empty(gates, x), or_empty(m, x)
 
 
@@ -106,10 +115,9 @@ def _layer_backward(
     if impl == "torch":
         grads = fused.layer_gradient(x, h_0, c_0, lengths, weights, upstream, projected, wanted)
     else:
-        from . import layer  # needs Triton
-
         saved = y, cells, gates, m if projected else None
-        grads = layer.backward(x, h_0, c_0, lengths, weights, *saved, *upstream, projected, impl, wanted)
+        call = (x, h_0, c_0, lengths, weights, *saved, *upstream, projected, impl, wanted)
+        grads = _kernels()[0].backward(*call)
     return [or_empty(grad, x) for grad in grads]
 
 
@@ -128,10 +136,7 @@ def _cell(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next h and c and, if `save`, the gates, an empty tensor else."""
     refuse_forward_mode()
-    from gatematch.kernels import lstm_step  # needs Triton, as does layer
-
-    from . import layer
-
+    layer, lstm_step = _kernels()
     x, h, c, *weights = (tensor.contiguous() for tensor in (x, h, c, *weights))
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
@@ -161,10 +166,7 @@ def _cell_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, h, c and the weights, empty where not wanted."""
-    from gatematch.kernels import lstm_step  # needs Triton, as does layer
-
-    from . import layer
-
+    layer, lstm_step = _kernels()
     refuse_tangents(g_h, g_c)
     g_h = torch.zeros_like(h) if g_h is None else g_h
     g_c = torch.zeros_like(c) if g_c is None else g_c
