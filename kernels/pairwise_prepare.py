@@ -270,12 +270,16 @@ def tile_scores(
 
 
 class Side(NamedTuple):
-    """One side as the streaming kernels take it: the rows themselves, and their copy for products."""
+    """One side as the streaming kernels take it: the rows themselves, and their copy for products.
+
+    Rows of more than DIRECT features are `aligned`, and of `size` features before that.
+    """
 
     rows: Tensor
     lengths: Tensor | None
     copy: Tensor
     squares: Tensor
+    size: int
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -294,9 +298,9 @@ def in_whole_blocks(numbers: Tensor | None) -> Tensor | None:
     return None if numbers is None else torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % ROWS.value))
 
 
-def fitting(tile: config.Config, D: int, vec: int) -> dict[str, int]:
-    """The options of a launch; differences of few features, or of rows loaded piecemeal, take registers."""
-    narrow = {"BLOCK_N": min(tile.blocks["BLOCK_N"], 32)} if D <= DIRECT or vec == 1 else {}
+def fitting(tile: config.Config, D: int) -> dict[str, int]:
+    """The options of a launch; differences of few features take more registers than their product would."""
+    narrow = {"BLOCK_N": min(tile.blocks["BLOCK_N"], 32)} if D <= DIRECT else {}
     return {**tile.options, **narrow}
 
 
@@ -325,18 +329,19 @@ def _side(x: Tensor, y: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | No
     (B, M, D), N = x.shape, y.shape[1]
     x, y, x_lengths, y_lengths = rows(x), rows(y), packed(x_lengths), packed(y_lengths)
     if D <= DIRECT or B * M * N == 0:
-        return Side(x, x_lengths, x.new_empty(0), x.new_empty(0, dtype=torch.float32))  # never read
+        return Side(x, x_lengths, x.new_empty(0), x.new_empty(0, dtype=torch.float32), D)  # never read
+    x, y = aligned(x), aligned(y)
     length = triton.cdiv(M, ROWS) * ROWS
     copy = x.new_empty(B, length, triton.cdiv(D, FEATURES) * FEATURES)
     squares = x.new_empty(B, length, dtype=torch.float32)
     arch = config.architecture(x.device)
     tile = config.choose("pairwise_prepare", arch, x.dtype, {"M": M, "D": D})
-    vec, strides = layout(x, y, size=D)
+    vec, strides = layout(x, y)
     with torch.cuda.device_of(x):
         pairwise_prepare[programs(B * length // tile.blocks["BLOCK_M"])](
             x, y, x_lengths, y_lengths, copy, squares,
-            M, N, D // vec, *strides,
+            M, N, x.shape[2] // vec, *strides,
             VEC_D=vec, PREC=product_precision(x.dtype, precision, arch),
             **tile.options,
         )  # fmt: skip
-    return Side(x, x_lengths, copy, squares)
+    return Side(x, x_lengths, copy, squares, D)

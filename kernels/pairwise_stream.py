@@ -286,7 +286,7 @@ def attend_forward(
     v = aligned(v)
     vec_d, strides = layout(x.rows, y.rows, size=D)
     vec_v, v_strides = layout(v)
-    options = fitting(tile, D, vec_d)
+    options = fitting(tile, D)
     held = blocks_held(D, options.pop("RESIDENT"), options["BLOCK_K"])
     groups, options["PARTS"] = shared_out(triton.cdiv(V, options["BLOCK_V"]), options["PARTS"])
     tiles = B * triton.cdiv(M, options["BLOCK_M"]) * groups

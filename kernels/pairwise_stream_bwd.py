@@ -282,10 +282,10 @@ class Upstream(NamedTuple):
 def stream_gradient(
     x: Side, y: Side, of_x: Upstream, of_y: Upstream, *, precision: str = "float32"
 ) -> Tensor:
-    """dL/dx (B, M, D) in the dtype of x; see the equations above."""
+    """dL/dx (B, M, D) in the dtype of x; see the equations above. The rows of both sides may be filled up."""
     (B, M, D), N, dtype = x.rows.shape, y.rows.shape[1], x.rows.dtype
     if B * M * N == 0:
-        return x.rows.new_zeros(B, M, D)
+        return x.rows.new_zeros(B, M, x.size)
     dx = x.rows.new_empty(B, M, D)
     arch = config.architecture(dx.device)
     vec_d, strides = layout(x.rows, y.rows, size=D)
@@ -295,7 +295,7 @@ def stream_gradient(
         u, v = aligned(of_x.product), aligned(of_y.product)
         vec_v, v_strides = layout(u, v)
     tile = config.choose("pairwise_stream_bwd", arch, dtype, {"M": M, "N": N, "D": D, "V": V})
-    options = fitting(tile, D, vec_d)
+    options = fitting(tile, D)
     resident = options.pop("RESIDENT")
     groups, options["PARTS"] = shared_out(triton.cdiv(D, options["BLOCK_K"]), options["PARTS"])
     tiles = B * triton.cdiv(M, options["BLOCK_M"]) * groups
@@ -309,4 +309,4 @@ def stream_gradient(
             HELD_V=triton.cdiv(V, options["BLOCK_V"]) if resident >= V else 0,
             **options,
         )  # fmt: skip
-    return dx
+    return dx if x.size == D else dx[..., : x.size].contiguous()
