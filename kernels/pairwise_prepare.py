@@ -4,7 +4,8 @@
 
 where the centre is that of y if its rows share an offset, and 0 if not (distance.py). The copy is rounded as
 the tensor cores round, its squares are those of the rounded numbers, and it is padded with zeros to whole
-blocks of ROWS rows and FEATURES features, so that tiles need no masks and load 16 bytes at a time.
+blocks of ROWS rows and FEATURES features, so that tiles need no masks and load 16 bytes at a time. Squares
+past the lengths are infinite: S is 0 there.
 
 Shapes: x (B, M, D), y (B, N, D), copy (B, M', D'), squares (B, M').
 """

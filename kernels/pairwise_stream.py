@@ -2,9 +2,11 @@
 
     S_ij = 1 / (1 + ||x_i - y_j||)      O_i = sum_j S_ij v_j      r_i = sum_j S_ij      c_j = sum_i S_ij
 
-A program owns a block of rows and makes one tile of S after the other, in registers: from one product of
-tensor cores, near pairs (distance.py) left out of it and added from their differences. There is no softmax,
-so the partial sums of separate ranges of columns simply add. Memory is O(Q + A), forward and backward.
+A program owns a block of rows and makes one tile of S after the other, in registers, from one product of
+tensor cores. It takes near pairs (distance.py) as 0 there and notes their tiles, and adds them from their
+differences in a second walk over those tiles alone: what most tiles never need takes no registers of the
+first one. There is no softmax, so the partial sums of separate ranges of columns simply add. Memory is
+O(Q + A), forward and backward.
 
 Shapes: x (B, M, D), y (B, N, D), v (B, N, V), O (B, M, V), r (B, M), c (B, N).
 """
