@@ -72,7 +72,7 @@ def layers(
             h_n.append(h)
             c_n.append(c)
         if spec.num_layers == 1:
-            return x, *h_n, *c_n, cells
+            return x, h_n[0], c_n[0], cells
         return x, torch.cat(h_n), torch.cat(c_n), cells
 
 

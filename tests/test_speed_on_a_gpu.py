@@ -727,3 +727,14 @@ def test_the_roots_of_the_ceiling_are_special_functions_and_little_else():
     instructions = [line.strip() for line in body.splitlines() if line.startswith("\t") and "//" not in line]
     roots = [line for line in instructions if line.startswith("rsqrt.approx.ftz.f32")]
     assert len(roots) == 8 and len(instructions) <= len(roots) + 4, instructions
+
+
+def test_a_bfloat16_peer_is_given_flat_weights(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *args: calls.append(args))
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: 2)
+    peer = torch.nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.bfloat16)
+    lstm_problems.flatten(peer)
+    ((weights, *options),) = calls
+    assert all(weight is own for weight, own in zip(weights, peer.parameters(), strict=True))
+    assert options == [4, 3, 2, 4, 0, 2, False, True]
