@@ -80,75 +80,6 @@ def offset_and_size(rows_ptr, D, end, stride):
 
 
 @triton.jit
-def expand(
-    x_ptr, y_ptr, rows_ptr, x_left, y_left, y_end, D, step_x, step_y, stride_y,
-    PREC: tl.constexpr, CENTRED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """||x_i||² + ||y_j||² and d² of a tile, [BLOCK_M, BLOCK_N] each, of rows less their centre if CENTRED."""
-    i = tl.arange(0, BLOCK_M)
-    j = tl.arange(0, BLOCK_N)
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    x_squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    y_squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k0 in range(0, D, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        in_x = (i < x_left)[:, None] & (k < D)[None, :]
-        in_y = (j < y_left)[:, None] & (k < D)[None, :]
-        x = tl.load(x_ptr + i[:, None] * step_x + k[None, :], in_x, other=0.0)
-        y = tl.load(y_ptr + j[:, None] * step_y + k[None, :], in_y, other=0.0)
-        if CENTRED:
-            centre = centre_of(rows_ptr, k, D, y_end, stride_y)
-            x = x.to(tl.float32) - centre[None, :]
-            y = y.to(tl.float32) - centre[None, :]
-        if x.dtype == tl.float32:
-            x = as_multiplied(x, PREC)
-            y = as_multiplied(y, PREC)
-        x_squares += x.to(tl.float32) * x.to(tl.float32)
-        y_squares += y.to(tl.float32) * y.to(tl.float32)
-        product = tl.dot(x, tl.trans(y), product, input_precision=PREC)
-    squares = tl.sum(x_squares, 1)[:, None] + tl.sum(y_squares, 1)[None, :]
-    return squares, squares - 2.0 * product
-
-
-@triton.jit
-def held_rows(
-    x_ptr, x_left, D, step_x,
-    PREC: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_M rows in HELD blocks of BLOCK_K features, as they are multiplied, and their squares."""
-    i = tl.arange(0, BLOCK_M)
-    held = ()
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for c in tl.static_range(HELD):
-        k = c * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = (i < x_left)[:, None] & (k < D)[None, :]
-        x = as_multiplied(tl.load(x_ptr + i[:, None] * step_x + k[None, :], mask, other=0.0), PREC)
-        squares += x.to(tl.float32) * x.to(tl.float32)
-        held += (x,)
-    return held, tl.sum(squares, 1)
-
-
-@triton.jit
-def expand_held(
-    x, x_squares, y_ptr, y_left, D, step_y,
-    PREC: tl.constexpr, HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """What `expand` returns, for rows from `held_rows`."""
-    j = tl.arange(0, BLOCK_N)
-    product = tl.zeros((x_squares.shape[0], BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for c in tl.static_range(HELD):
-        k = c * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = (j < y_left)[:, None] & (k < D)[None, :]
-        y = as_multiplied(tl.load(y_ptr + j[:, None] * step_y + k[None, :], mask, other=0.0), PREC)
-        product = tl.dot(x[c], tl.trans(y), product, input_precision=PREC)
-        squares += y.to(tl.float32) * y.to(tl.float32)
-    squares = x_squares[:, None] + tl.sum(squares, 1)[None, :]
-    return squares, squares - 2.0 * product
-
-
-@triton.jit
 def squares_by_feature(
     x_ptr, y_ptr, x_left, y_left, D, step_x, step_y, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -202,8 +133,12 @@ def score(d, dtype: tl.constexpr):
 
 @triton.jit
 def slope_by_distance(d):
-    """W = S² / d, so that dL/dx_i = sum_j g_ij W_ij (y_j - x_i) for g = dL/dS; 0 where d = 0 (subgradient)."""
-    return tl.where(d == 0.0, 0.0, 1.0 / (d * (1.0 + d) * (1.0 + d)))
+    """W = S² / d, so that dL/dx_i = sum_j g_ij W_ij (y_j - x_i) for g = dL/dS; 0 where d = 0 (subgradient).
+
+    As in `score`, from an approximate root: a few roundings of float32.
+    """
+    root = tl.rsqrt(d * (1.0 + d) * (1.0 + d))
+    return tl.where(d == 0.0, 0.0, root * root)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ need: it loads tiles ahead, keeps the rows of q on the chip if they fit there, a
 which no distance gives. The second visits the tiles in which there is one, reads them back and stores near
 pairs over the zeros.
 
-For training the forward also stores W = S² / d, by which dL/dS is multiplied in backward, -W for near pairs and
-0 where d = 0, and the centre. W is in bfloat16 for rows of bfloat16 and else in float32.
+For training the forward also stores W = S² / d, by which dL/dS is multiplied in backward, -W for near pairs
+and 0 where d = 0, and the centre. W is in bfloat16 for rows of bfloat16 and else in float32.
 
 Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), W (B, Q, A up to a multiple of 8), centre (B, D), lengths (B,).
 Paper: Yin et al., "ABCNN", TACL 2016.
@@ -27,25 +27,26 @@ from . import config
 from .distance import (
     DIRECT,
     centre_of,
-    expand,
-    expand_held,
-    has_offset,
-    held_rows,
     length_of,
     near_distances,
     near_words,
+    offset_and_size,
     pick,
     score,
     slope_by_distance,
     squares_by_feature,
     without_near,
 )
-from .launch import MAX_STRIDE, layout, multiprocessors, packed, product_precision, programs, rows, width
-from .pairwise_parts import parts_of
+from .launch import MAX_STRIDE, layout, multiprocessors, packed, programs, rows, width
+from .pairwise_parts import exponent_of, parts_of, power_of_two
 from .pairwise_tiles import tiles_forward
 
 # The rows of q are loaded once a run: it has at least SHORT columns, and LONG ones cost next to nothing.
 SHORT, LONG = 256, 1024
+# The exponents that a large feature is brought to where rows are split into one and into two parts, and the
+# mean squares below which these lose too much of a row.
+EXPONENT_HALF, EXPONENT_WHOLE = tl.constexpr(6), tl.constexpr(10)
+LEAST_HALF, LEAST_WHOLE = tl.constexpr(2.0**-24), tl.constexpr(2.0**-4)
 # From so many rows on both sides they are prepared first: see pairwise_tiles.py.
 PREPARED = 128
 # The second walk reads so many columns at a time: a row's near ones are the bits of an integer.
@@ -53,38 +54,91 @@ NEAR = tl.constexpr(32)
 
 
 @triton.jit
+def expand(
+    x_ptr, y_ptr, rows_ptr, x_left, y_left, y_end, D, step_x, step_y, stride_y, inverse,
+    PARTS: tl.constexpr, CENTRED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """||x_i||² + ||y_j||² and d² of a tile, [BLOCK_M, BLOCK_N] each, of rows less their centre if CENTRED.
+
+    PARTS: 0 for rows that are multiplied as they are. Else they are first multiplied by `inverse`, a power of
+    two, and split into 1 or 2 parts in float16, see pairwise_parts.py; where that loses too much of a row, d²
+    is NaN, and its squares are not.
+    """
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    y_squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        in_x = (i < x_left)[:, None] & (k < D)[None, :]
+        in_y = (j < y_left)[:, None] & (k < D)[None, :]
+        x = tl.load(x_ptr + i[:, None] * step_x + k[None, :], in_x, other=0.0)
+        y = tl.load(y_ptr + j[:, None] * step_y + k[None, :], in_y, other=0.0)
+        if PARTS == 0:
+            product = tl.dot(x, tl.trans(y), product)
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        else:
+            x = x.to(tl.float32) * inverse
+            y = y.to(tl.float32) * inverse
+            if CENTRED:
+                centre = centre_of(rows_ptr, k, D, y_end, stride_y) * inverse
+                x -= centre[None, :]
+                y -= centre[None, :]
+            x_high = x.to(tl.float16)
+            y_high = y.to(tl.float16)
+            if PARTS == 1:
+                product = tl.dot(x_high, tl.trans(y_high), product)
+            else:  # the small products first: tensor cores cut what they add to a sum
+                small = tl.dot((x - x_high.to(tl.float32)).to(tl.float16), tl.trans(y_high))
+                small = tl.dot(x_high, tl.trans((y - y_high.to(tl.float32)).to(tl.float16)), small)
+                product += tl.dot(x_high, tl.trans(y_high), small)
+        x_squares += x * x
+        y_squares += y * y
+    of_x = tl.sum(x_squares, 1)
+    of_y = tl.sum(y_squares, 1)
+    squares = of_x[:, None] + of_y[None, :]
+    if PARTS > 0:
+        least = D * (LEAST_WHOLE if PARTS == 2 else LEAST_HALF)
+        product += tl.where((of_x > 0.0) & (of_x < least), float("nan"), 0.0)[:, None]
+        product += tl.where((of_y > 0.0) & (of_y < least), float("nan"), 0.0)[None, :]
+    return squares, squares - 2.0 * product
+
+
+@triton.jit
 def far_pairs(
-    x_ptr, y_ptr, s_ptr, w_ptr, M, N, D, x_left, y_end, first, end, step_x, stride_y, stride_w,
-    PREC: tl.constexpr, FEW: tl.constexpr, CENTRED: tl.constexpr, HELD: tl.constexpr,
+    x_ptr, y_ptr, s_ptr, w_ptr, M, N, D, x_left, y_end, first, end, step_x, stride_y, stride_w, size,
+    PARTS: tl.constexpr, FEW: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLAG: tl.constexpr,
 ):  # fmt: skip
     """The first walk, to the column `end`. Returns a bit for each tile, of FLAG columns, with near pairs.
 
     The tile number t has the bit t % 64: the second walk may visit a tile in vain, but leaves none out.
+    size: that of a large feature, from which the scale of parts is taken.
     """
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     step_y = stride_y.to(tl.int32)
-    if HELD > 0:
-        x, x_squares = held_rows(x_ptr, x_left, D, step_x, PREC, HELD, BLOCK_M, BLOCK_K)
+    inverse, scale = 1.0, 1.0
+    if PARTS > 0:
+        exponent = exponent_of(size) - (EXPONENT_WHOLE if PARTS == 2 else EXPONENT_HALF)
+        inverse, scale = power_of_two(-exponent), power_of_two(exponent)
     found = tl.full((), 0, tl.int64)
     for j0 in tl.range(first, end, BLOCK_N):
         y_left = y_end - j0
         y_at = y_ptr + j0 * stride_y
         if FEW:
-            d2 = squares_by_feature(x_ptr, y_at, x_left, y_left, D, step_x, step_y, BLOCK_M, BLOCK_N)
+            d = tl.sqrt(squares_by_feature(x_ptr, y_at, x_left, y_left, D, step_x, step_y, BLOCK_M, BLOCK_N))
         else:
-            if HELD > 0:
-                squares, d2 = expand_held(x, x_squares, y_at, y_left, D, step_y, PREC, HELD, BLOCK_N, BLOCK_K)
-            else:
-                # What is in registers between loads and products leaves room for few features.
-                squares, d2 = expand(
-                    x_ptr, y_at, y_ptr, x_left, y_left, y_end, D, step_x, step_y, stride_y, PREC, CENTRED,
-                    BLOCK_M, BLOCK_N, 16 if CENTRED else min(BLOCK_K, 32),
-                )  # fmt: skip
+            squares, d2 = expand(
+                x_ptr, y_at, y_ptr, x_left, y_left, y_end, D, step_x, step_y, stride_y,
+                inverse, PARTS, CENTRED, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             d2, some = without_near(d2, squares, x_left, y_left, BLOCK_M, BLOCK_N)
             found |= some.to(tl.int64) << (j0 // FLAG % 64)
-        d = tl.sqrt(d2)
+            d = tl.sqrt(d2) * scale
         S = score(d, s_ptr.dtype.element_ty)
         if FEW:
             S = tl.where((i < x_left)[:, None] & (j < y_left)[None, :], S, 0.0)
@@ -130,12 +184,12 @@ def pairwise_fwd(
     x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, s_ptr, w_ptr, centre_ptr,
     M, N, D, runs,
     stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64, stride_w,
-    VEC_D: tl.constexpr, VEC_S: tl.constexpr, PREC: tl.constexpr, FEW: tl.constexpr, HELD: tl.constexpr,
+    VEC_D: tl.constexpr, VEC_S: tl.constexpr, PARTS: tl.constexpr, FEW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles of S, and of W and the centre where they are given, for x = q and y = a.
 
-    FEW: D is at most DIRECT. HELD: the number of blocks of BLOCK_K features, if those of x are kept, or 0.
+    FEW: D is at most DIRECT. PARTS: of rows without an offset, see `expand`; others have 1 at least.
     D and the strides of x and y are in units of VEC_D elements, N in VEC_S, the stride of W in 8.
     """
     tl.static_assert(BLOCK_M <= 128, "offsets inside a tile are of 32 bits")
@@ -168,19 +222,19 @@ def pairwise_fwd(
     if FEW:
         far_pairs(
             x_ptr, y_ptr, s_ptr, w_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y, stride_w,
-            PREC, True, False, 0, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
+            0.0, 0, True, False, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     else:
-        centred = has_offset(y_ptr, D, y_end, stride_y)
+        centred, size = offset_and_size(y_ptr, D, y_end, stride_y)
         if centred:
             found = far_pairs(
                 x_ptr, y_ptr, s_ptr, w_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y,
-                stride_w, PREC, False, True, 0, BLOCK_M, BLOCK_N // 2, BLOCK_K, BLOCK_N,
+                stride_w, size, 2 if PARTS == 2 else 1, False, True, BLOCK_M, BLOCK_N // 2, 16, BLOCK_N,
             )  # fmt: skip
         else:
             found = far_pairs(
                 x_ptr, y_ptr, s_ptr, w_ptr, M - i0, N, D, x_left, y_end, first, end, step_x, stride_y,
-                stride_w, PREC, False, False, HELD, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
+                stride_w, size, PARTS, False, False, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
             )  # fmt: skip
         # Every program of a sequence finds the same centre; the one that each of them has keeps it.
         if centre_ptr is not None and (run == 0) & (i0 == 0):
@@ -248,8 +302,8 @@ def attention_forward(
     centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     if S.numel() == 0:
         return S, W, centre
+    number = 2 if q.dtype == torch.float32 and precision == "float32" else 1
     if D > DIRECT and min(Q, A) >= PREPARED:
-        number = 2 if q.dtype == torch.float32 and precision == "float32" else 1
         y = parts_of(a, a, a_lengths, a_lengths, centre, number=number)
         same = q is a and q_lengths is a_lengths
         x = y if same else parts_of(q, a, q_lengths, a_lengths, None, number=number)
@@ -260,15 +314,8 @@ def attention_forward(
     x, y = rows(q), rows(a)
     vec_d, strides = layout(x, y, size=D)
     options = tile.options
-    resident = options.pop("RESIDENT")
-    # What takes registers of its own leaves fewer for the tile: W, and rows that are hardly aligned.
-    if save and q.dtype == torch.float32:
-        options["BLOCK_K"] = min(options["BLOCK_K"], 16)
-    held = triton.cdiv(D, options["BLOCK_K"]) if DIRECT < D <= resident else 0
-    if vec_d * q.element_size() < 8:
-        held, options["BLOCK_N"] = 0, options["BLOCK_N"] // 2
-    if save or not held:
-        options.pop("maxnreg", None)
+    x, y = rows(q), rows(a)
+    vec_d, strides = layout(x, y, size=D)
     vec_s = width(S.element_size(), A)
     blocks = B * triton.cdiv(Q, options["BLOCK_M"])
     runs = _runs(blocks, A, q.device)
@@ -276,7 +323,7 @@ def attention_forward(
         pairwise_fwd[programs(blocks * runs)](
             x, y, packed(q_lengths), packed(a_lengths), S, W, centre,
             Q, A // vec_s, D // vec_d, runs, *strides, 0 if W is None else W.stride(1) // 8,
-            VEC_D=vec_d, VEC_S=vec_s, PREC=product_precision(q.dtype, precision, arch), FEW=D <= DIRECT,
-            HELD=held, **options,
+            VEC_D=vec_d, VEC_S=vec_s, PARTS=number if q.dtype == torch.float32 else 0, FEW=D <= DIRECT,
+            **options,
         )  # fmt: skip
     return S, W, centre
