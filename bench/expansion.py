@@ -4,9 +4,9 @@ kernels/distance.py takes a distance from that expansion where d² >= TAU (||x||
 c ε (||x||² + ||y||²) in d² leaves c ε / (8 TAU) in S = 1 / (1 + d). How large c is depends on how tensor
 cores add up, which no data sheet says. It is measured here, for every way in which the kernels multiply rows:
 
-    float32, bfloat16, float16             tiles of pairwise_attention; float32 in three passes of TF32
+    float32, bfloat16, float16             tiles of short sequences; float32 in two parts in float16
     tf32                                   the same with precision "tf32", of rows that TF32 holds
-    bfloat16 centred, float16 centred      rows less a centre, which are multiplied in TF32; of a centre of 0
+    bfloat16 centred, float16 centred      rows less a centre, in a part in float16; of a centre of 0
     ... prepared                           tiles of long sequences, from parts in float16
     ... streamed                           tiles of pairwise_attend and pairwise_sums, from prepared copies
 
@@ -29,10 +29,11 @@ from rich.table import Table
 from torch import Tensor
 
 from gatematch.kernels import config
-from gatematch.kernels.distance import TAU, expand, is_near, score
+from gatematch.kernels.distance import TAU, is_near, offset_and_size, score
 from gatematch.kernels.launch import obstacle, product_precision
+from gatematch.kernels.pairwise import EXPONENT_HALF, EXPONENT_WHOLE, expand
 from gatematch.kernels.pairwise_parts import ROWS as PREPARED_ROWS
-from gatematch.kernels.pairwise_parts import parts_of
+from gatematch.kernels.pairwise_parts import exponent_of, parts_of, power_of_two
 from gatematch.kernels.pairwise_prepare import FEATURES, ROWS, padded, prepare, tile_distances
 from gatematch.kernels.pairwise_tiles import product_of
 
@@ -50,23 +51,28 @@ _SHARES = 8
 @triton.jit(do_not_specialize=["D"])
 def expanded(
     x_ptr, y_ptr, centre_ptr, squares_ptr, d2_ptr, near_ptr, s_ptr, D,
-    PREC: tl.constexpr, CENTRED: tl.constexpr,
+    PARTS: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile as in pairwise_fwd, of x (tiles, BLOCK_M, D), y (tiles, BLOCK_N, D) and a row as the centre."""
     tile = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = BLOCK_N // 2 if CENTRED else BLOCK_N
+    inverse, scale = 1.0, 1.0
+    if PARTS > 0:
+        _, size = offset_and_size(y_ptr + tile * BLOCK_N * D, D, BLOCK_N, D)
+        exponent = exponent_of(size) - (EXPONENT_WHOLE if PARTS == 2 else EXPONENT_HALF)
+        inverse, scale = power_of_two(-exponent), power_of_two(exponent)
     for j0 in tl.static_range(0, BLOCK_N, WIDTH):
         squares, d2 = expand(
             x_ptr + tile * BLOCK_M * D, y_ptr + (tile * BLOCK_N + j0) * D, centre_ptr,
-            BLOCK_M, WIDTH, WIDTH, D, D, D, 0, PREC, CENTRED,
-            BLOCK_M, WIDTH, 16 if CENTRED else min(BLOCK_K, 32),
+            BLOCK_M, WIDTH, WIDTH, D, D, D, 0, inverse, PARTS, CENTRED,
+            BLOCK_M, WIDTH, 16 if CENTRED else BLOCK_K,
         )  # fmt: skip
         at = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * BLOCK_N + j0 + tl.arange(0, WIDTH)[None, :]
-        tl.store(squares_ptr + at, squares)
-        tl.store(d2_ptr + at, d2)
+        tl.store(squares_ptr + at, squares * scale * scale)
+        tl.store(d2_ptr + at, d2 * scale * scale)
         tl.store(near_ptr + at, is_near(d2, squares, at >= 0).to(tl.int8))
-        tl.store(s_ptr + at, score(tl.sqrt(d2), s_ptr.dtype.element_ty))
+        tl.store(s_ptr + at, score(tl.sqrt(d2) * scale, s_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["D"])
@@ -130,6 +136,11 @@ class Path(NamedTuple):
     variant: str = ""
 
     @property
+    def parts(self) -> int:
+        """Into how many its rows are split, where they are."""
+        return 2 if self.name.startswith("float32") else 1
+
+    @property
     def kernel(self) -> str:
         """The one whose configuration is taken."""
         return {"streamed": "pairwise_stream_fwd", "prepared": "pairwise_tiles_fwd"}.get(
@@ -186,40 +197,41 @@ def tiles_of(path: Path, x: Tensor, y: Tensor, tile: config.Config) -> Tiles:
     Streamed tiles give d alone: d² has the rounding of the root, too, and counts as 0 where it was negative.
     """
     (tiles, M, D), N = x.shape, y.shape[1]
-    PREC = product_precision(path.dtype, path.precision, config.architecture(x.device))
     blocks = {name: tile.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    options = {**blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages, "PREC": PREC}
+    options = {**blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     d2 = x.new_empty(tiles, M, N, dtype=torch.float32)
     near = x.new_empty(tiles, M, N, dtype=torch.int8)
     S = x.new_empty(tiles, M, N)
     with torch.cuda.device_of(x):
         if path.variant == "streamed":
             x_side, y_side = prepare(x, y, None, None, path.precision)
+            PREC = product_precision(path.dtype, path.precision, config.architecture(x.device))
             expanded_stream[(tiles,)](
-                x, y, x_side.copy, y_side.copy, x_side.squares, y_side.squares, d2, near, S, D, **options
-            )
+                x, y, x_side.copy, y_side.copy, x_side.squares, y_side.squares, d2, near, S, D,
+                PREC=PREC, **options,
+            )  # fmt: skip
             squares = x_side.squares[:, :M, None] + y_side.squares[:, None, :N]
             return Tiles(squares, d2.nan_to_num(0.0).double().square(), near.bool(), S)
         squares = torch.empty_like(d2)
         if path.variant == "prepared":
-            number = 2 if path.name.startswith("float32") else 1
-            x_parts, y_parts = (parts_of(side, y, None, None, None, number=number) for side in (x, y))
+            x_parts, y_parts = (parts_of(side, y, None, None, None, number=path.parts) for side in (x, y))
             both = (side for of in zip(x_parts[2:5], y_parts[2:5], strict=True) for side in of)
-            del options["PREC"]
             expanded_parts[(tiles,)](
                 *both, squares, d2, near, S, x_parts.parts.shape[3],
-                PARTS=number, BY_ROW=path.dtype == torch.float32, **options,
+                PARTS=path.parts, BY_ROW=path.dtype == torch.float32, **options,
             )  # fmt: skip
             return Tiles(squares, d2.double(), near.bool(), S)
         centre = x.new_zeros(D)
         centred = path.variant == "centred"
-        expanded[(tiles,)](x, y, centre, squares, d2, near, S, D, CENTRED=centred, **options)
+        number = path.parts if centred or path.dtype == torch.float32 else 0
+        expanded[(tiles,)](x, y, centre, squares, d2, near, S, D, PARTS=number, CENTRED=centred, **options)
     return Tiles(squares, d2.double(), near.bool(), S)
 
 
 def measure(path: Path, D: int, tiles: int, device: torch.device) -> dict[str, Any]:
     """A row: c, the error of S that it leaves, the largest one among far pairs, the TAU that 1e-6 needs."""
-    shape = {"Q": 512, "A": 512, "M": 512, "N": 512, "D": D, "V": D}
+    length = 512 if path.variant in ("prepared", "streamed") else 40
+    shape = {**dict.fromkeys("QAMN", length), "D": D, "V": D}
     tile = config.choose(path.kernel, config.architecture(device), path.dtype, shape)
     x, y = close_rows(tiles, tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"], D, device)
     if path.precision == "tf32":

@@ -65,9 +65,10 @@ def test_an_expansion_is_within_its_bound(name, D):
     assert row["near"] > 100 and row["far"] > 1000
 
 
-@pytest.mark.parametrize("name", ["float32", "float32 streamed"])
+@pytest.mark.parametrize("name", ["float32", "float32 prepared", "float32 streamed"])
 def test_an_expansion_that_is_less_exact_is_past_its_bound(name, monkeypatch):
     monkeypatch.setattr(expansion, "product_precision", lambda *args: "tf32")
+    monkeypatch.setattr(expansion.Path, "parts", 1)
     row = expansion.measure(PATHS[name], 50, 2, CPU)
     assert expansion.failed([row]) == [row]
     assert row["c"] > 100 and row["tau_needed"] > TAU.value
