@@ -33,17 +33,17 @@ def attention_backward(
     precision: str,
     wanted: list[bool],
 ) -> Grads:
-    saved = W, centre if centre.dim() == 2 else None, g
-    dq = da = None
-    if wanted[0]:
-        dq = pairwise_bwd.attention_gradient(
-            q, a, *saved, q_lengths, a_lengths, of_a=False, precision=precision
-        )
-    if wanted[1]:
-        da = pairwise_bwd.attention_gradient(
-            a, q, *saved, a_lengths, q_lengths, of_a=True, precision=precision
-        )
-    return dq, da
+    return pairwise_bwd.attention_gradients(
+        q,
+        a,
+        W,
+        centre if centre.dim() == 2 else None,
+        g,
+        q_lengths,
+        a_lengths,
+        wanted=(wanted[0], wanted[1]),
+        precision=precision,
+    )
 
 
 def attend(

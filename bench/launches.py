@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 from unittest import mock
@@ -26,6 +26,7 @@ from gatematch.kernels import (
 from gatematch.kernels.config import Config
 from gatematch.kernels.pairwise_parts import parts_of
 from gatematch.kernels.pairwise_prepare import Side, prepare
+from gatematch.kernels.pairwise_split import split_rows
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
 
 
@@ -119,10 +120,21 @@ def _pairwise_bwd(sample: Sample) -> Launch:
     S, W, centre = pairwise.attention_forward(q, a, *ends, save=True)
     assert W is not None
     g = torch.randn_like(S)
-    return lambda: (
-        pairwise_bwd.attention_gradient(q, a, W, centre, g, *ends, of_a=False, precision=precision),
-        pairwise_bwd.attention_gradient(a, q, W, centre, g, *ends[::-1], of_a=True, precision=precision),
+    wanted = True, sample.training
+    return lambda: pairwise_bwd.attention_gradients(
+        q, a, W, centre, g, *ends, wanted=wanted, precision=precision
     )
+
+
+def _pairwise_bwd_short(sample: Sample) -> Launch:
+    short = {letter: min(sample.shape[letter], pairwise_bwd.SHORT) for letter in "QA"}
+    return _pairwise_bwd(replace(sample, shape={**sample.shape, **short}))
+
+
+def _pairwise_split(sample: Sample) -> Launch:
+    x, lengths = sample.rows("M"), sample.lengths("M")
+    centre = torch.randn(sample.batch, sample.features, device=sample.device)
+    return lambda: (split_rows(x, lengths, centre),)
 
 
 def _sides(sample: Sample) -> tuple[Side, Side]:
@@ -231,6 +243,9 @@ LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
     "pairwise_parts": _pairwise_parts,
     "pairwise_tiles_fwd": _pairwise_fwd,
     "pairwise_bwd": _pairwise_bwd,
+    "pairwise_bwd_short": _pairwise_bwd_short,
+    "pairwise_bwd_near": _pairwise_bwd,
+    "pairwise_split": _pairwise_split,
     "pairwise_prepare": _pairwise_prepare,
     "pairwise_stream_fwd": _pairwise_stream_fwd,
     "pairwise_stream_sums": _pairwise_stream_sums,

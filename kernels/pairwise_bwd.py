@@ -2,13 +2,15 @@
 
 With W = S² / d for far pairs, -S² / d for near ones and 0 where d = 0, and k = g |W| for g = dL/dS,
 
-    dL/dx_i = (K y)_i - (sum_j k_ij) x_i                  (far pairs: one product a tile, k rounded once)
-    dL/dx_i = sum_p [row_p = i] k_p (y_p - x_p)           (near pairs: differences first; the sum over p is
-                                                           a product with a one-hot matrix, its order fixed)
+    dL/dx_i = sum_j k_ij (y_j - x_i) = (K y)_i - (sum_j k_ij) x_i
 
-for (x, y) = (q, a) and again for (a, q). A program owns its block of dL/dx and walks the tiles in order, once
-for the far pairs and, if there are any, once for the near ones (one walk would need more registers than there
-are): no atomics, the same bits in every run.
+for (x, y) = (q, a) and again for (a, q). For far pairs K y is a product a tile, by the kernel here, or by that
+of pairwise_bwd_short.py where all pairs of two sequences fit one tile. Near pairs are added from their
+differences, by pairwise_bwd_near.py. A program owns its block of dL/dx and walks the tiles in order: no atomics,
+the same bits in every run.
+
+K and y are multiplied in bfloat16 where y is of that dtype, and else as the sum of two such numbers each
+(pairwise_split.py). The sum of K is taken from what is multiplied.
 
 Shapes: x (B, M, D), y (B, N, D), W (B, Q, A up to a multiple of 8), g (B, Q, A), centre (B, D), lengths (B,).
 """
@@ -19,164 +21,194 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .distance import (
-    DIRECT,
-    add_by_feature,
-    add_to_rows,
-    differences,
-    length_of,
-    near_words,
-    pick,
-)
-from .launch import MAX_STRIDE, layout, packed, product_precision, programs, rows
-from .numerics import as_multiplied
-
-_STRIDES = ["stride_xb", "stride_x", "stride_yb", "stride_y"]
+from .distance import DIRECT, add_by_feature, length_of
+from .launch import MAX_STRIDE, layout, packed, programs, rows
+from .pairwise_bwd_near import add_near
+from .pairwise_bwd_short import SHORT, short_gradients
+from .pairwise_slopes import far_slopes, kept_strides, load_pairs, of_pairs
+from .pairwise_split import ALIGNED, add_product, in_two, split_rows
 
 
-@triton.jit
-def of_pairs(i, j, stride, TRANSPOSED: tl.constexpr):
-    """Where the pairs (i, j) of x and y are in a matrix with rows of x, or of y if TRANSPOSED."""
-    if TRANSPOSED:
-        return j * stride + i
-    else:
-        return i * stride + j
-
-
-@triton.jit(do_not_specialize=["M", "N", "D", *_STRIDES, "stride_wb", "stride_w", "stride_gb", "stride_g"])
+@triton.jit(
+    do_not_specialize=[
+        "M", "N", "D", "stride_xb", "stride_x", "stride_yb", "stride_y", "stride_cb", "stride_c",
+        "stride_wb", "stride_w", "stride_gb", "stride_g",
+    ]
+)  # fmt: skip
 def pairwise_bwd(
-    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, w_ptr, g_ptr, centre_ptr, dx_ptr,
+    x_ptr, y_ptr, copy_ptr, x_lengths_ptr, y_lengths_ptr, w_ptr, g_ptr, centre_ptr, found_ptr, dx_ptr,
     M, N, D,
     stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
+    stride_cb: tl.int64, stride_c: tl.int64,
     stride_wb: tl.int64, stride_w: tl.int64, stride_gb: tl.int64, stride_g: tl.int64,
-    VEC_D: tl.constexpr, VEC_G: tl.constexpr, PREC: tl.constexpr, FEW: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    VEC_D: tl.constexpr, VEC_C: tl.constexpr, VEC_G: tl.constexpr,
+    FEW: tl.constexpr, TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K columns of dL/dx for BLOCK_M rows of x.
+    """CHUNKS blocks of BLOCK_K columns of dL/dx for BLOCK_M rows of x.
 
-    TRANSPOSED: x = a, so W and g have rows of y. Strides: of x and y in units of VEC_D elements, of g in
-    VEC_G, of W in 8.
+    TRANSPOSED: x = a, so W and g have rows of y. copy: what is multiplied of y, in one or two PARTS.
+    Strides: of x and y in units of VEC_D elements, of the copy in VEC_C, of g in VEC_G, of W in ALIGNED.
     """
     D *= VEC_D
     stride_x *= VEC_D
     stride_y *= VEC_D
-    stride_w *= 8
+    stride_c *= VEC_C
+    stride_w *= ALIGNED
     stride_g *= VEC_G
     # The programs of one block of rows come one after the other: they read the same W and g.
-    tiles_k = tl.cdiv(D, BLOCK_K)
+    tiles_k = tl.cdiv(D, CHUNKS * BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tiles_k
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     i0 = tile // tiles_k * BLOCK_M
-    k = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    k0 = tile % tiles_k * (CHUNKS * BLOCK_K)
     x_left = length_of(x_lengths_ptr, b, M) - i0
     y_end = length_of(y_lengths_ptr, b, N)
-    x_ptr += b * stride_xb * VEC_D + i0 * stride_x
-    y_ptr += b * stride_yb * VEC_D
-    w_ptr += b * stride_wb * 8 + of_pairs(i0, 0, stride_w, TRANSPOSED)
-    g_ptr += b * stride_gb * VEC_G + of_pairs(i0, 0, stride_g, TRANSPOSED)
-    step_x = stride_x.to(tl.int32)
-    step_y = stride_y.to(tl.int32)
-    step_w = stride_w.to(tl.int32)
-    step_g = stride_g.to(tl.int32)
-    i = tl.arange(0, BLOCK_M)
-    j = tl.arange(0, BLOCK_N)
-    in_x = i < x_left
-    in_k = k < D
-    slopes = tl.zeros((BLOCK_M,), tl.float32)
-    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    near_pairs = tl.zeros((BLOCK_M,), tl.int32)
-    centre = tl.zeros((BLOCK_K,), tl.float32)
     if x_left <= 0:
         y_end = 0
-    if centre_ptr is not None:
-        centre = tl.load(centre_ptr + b * D + k, in_k & (y_end > 0), other=0.0)
+    copy_ptr += b * stride_cb * VEC_C + k0
+    w_ptr += b * stride_wb * ALIGNED + of_pairs(i0, 0, stride_w, TRANSPOSED)
+    g_ptr += b * stride_gb * VEC_G + of_pairs(i0, 0, stride_g, TRANSPOSED)
+    step_c = stride_c.to(tl.int32)
+    step_w = stride_w.to(tl.int32)
+    step_g = stride_g.to(tl.int32)
+    # Loads end where rows of W and g do, at multiples of their width; what is past a length is left out.
+    g_end = (M if TRANSPOSED else N) // VEC_G * VEC_G
+    features = tl.cdiv(D, VEC_C) * VEC_C
+    i = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_x = i < x_left
+    # A bit for each tile in which the row has a near pair: for the tile number t that of t % 32.
+    found = tl.zeros((BLOCK_M,), tl.int32)
+    slopes = tl.zeros((BLOCK_M, 16), tl.float32)
+    total = ()
+    for _ in tl.static_range(CHUNKS):
+        total += (tl.zeros((BLOCK_M, BLOCK_K), tl.float32),)
     for j0 in range(0, y_end, BLOCK_N):
         in_y = j < y_end - j0
-        valid = in_x[:, None] & in_y[None, :]
         w_at = w_ptr + of_pairs(0, j0, stride_w, TRANSPOSED)
         g_at = g_ptr + of_pairs(0, j0, stride_g, TRANSPOSED)
-        w = tl.load(w_at + of_pairs(i[:, None], j[None, :], step_w, TRANSPOSED), valid, other=0.0)
-        g = tl.load(g_at + of_pairs(i[:, None], j[None, :], step_g, TRANSPOSED), valid, other=0.0)
-        w = w.to(tl.float32)
-        s = tl.where(w < 0.0, 0.0, g.to(tl.float32) * w)
-        y_at = y_ptr + j0 * stride_y
-        if FEW:
-            total = add_by_feature(total, s, x_ptr, y_at, in_x, in_y, k, D, step_x, step_y, BLOCK_M, BLOCK_N)
+        if TRANSPOSED:
+            w = load_pairs(w_at, step_w - i0, y_end - j0, step_w, True, BLOCK_M, BLOCK_N)
+            g = load_pairs(g_at, g_end - i0, y_end - j0, step_g, True, BLOCK_M, BLOCK_N)
         else:
-            y = tl.load(y_at + j[:, None] * step_y + k[None, :], in_y[:, None] & in_k[None, :], other=0.0)
-            if y.dtype == tl.bfloat16:
-                s = s.to(tl.bfloat16)
-            else:  # slopes may be too large for float16
-                y = y.to(tl.float32)
-                if centre_ptr is not None:
-                    y = tl.where(in_y[:, None], y - centre[None, :], 0.0)
-                y = as_multiplied(y, PREC)
-                s = as_multiplied(s, PREC)
-            slopes += tl.sum(s.to(tl.float32), 1)
-            total = tl.dot(s, y, total, input_precision=PREC)
-            near_pairs += tl.sum((w < 0.0).to(tl.int32), 1)
-    if not FEW:
-        x = tl.load(x_ptr + i[:, None] * step_x + k[None, :], in_x[:, None] & in_k[None, :], other=0.0)
-        total -= slopes[:, None] * (x.to(tl.float32) - centre[None, :])
-        if tl.sum(near_pairs, 0) > 0:
-            # These loops hold too much to be pipelined: there is rarely more than one turn.
-            for j0 in tl.range(0, y_end, BLOCK_N, num_stages=1):
-                valid = in_x[:, None] & (j < y_end - j0)[None, :]
-                w_at = w_ptr + of_pairs(0, j0, stride_w, TRANSPOSED)
-                g_at = g_ptr + of_pairs(0, j0, stride_g, TRANSPOSED)
-                y_at = y_ptr + j0 * stride_y
-                w = tl.load(w_at + of_pairs(i[:, None], j[None, :], step_w, TRANSPOSED), valid, other=0.0)
-                near = w.to(tl.float32) < 0.0
-                counts = tl.sum(near.to(tl.int32), 1)
-                number = tl.sum(counts, 0)
-                if number > 0:
-                    words = near_words(near, BLOCK_N)
-                    most = tl.max(counts, 0)
-                    for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
-                        p = p0 + tl.arange(0, BLOCK_P)
-                        live = p < number
-                        row, column = pick(words, counts, most, p, BLOCK_M)
-                        near_w = tl.load(w_at + of_pairs(row, column, step_w, TRANSPOSED), live, other=0.0)
-                        near_g = tl.load(g_at + of_pairs(row, column, step_g, TRANSPOSED), live, other=0.0)
-                        mask = live[:, None] & in_k[None, :]
-                        step = differences(y_at, x_ptr, column, row, k, mask, step_y, step_x)
-                        step *= (-near_w.to(tl.float32) * near_g.to(tl.float32))[:, None]
-                        total = add_to_rows(total, row, step, PREC, BLOCK_M)
-    dx_at = dx_ptr + (b * M + i0) * D + i[:, None] * D + k[None, :]
-    tl.store(dx_at, total.to(dx_ptr.dtype.element_ty), (i < M - i0)[:, None] & in_k[None, :])
+            w = load_pairs(w_at, x_left, step_w - j0, step_w, False, BLOCK_M, BLOCK_N)
+            g = load_pairs(g_at, x_left, g_end - j0, step_g, False, BLOCK_M, BLOCK_N)
+        # Up to DIRECT features all pairs are taken from their differences.
+        s = g * tl.abs(w) if FEW else far_slopes(w, g)
+        if y_end - j0 < BLOCK_N:
+            s = tl.where(in_y[None, :], s, 0.0)
+        if FEW:
+            x_at = x_ptr + b * stride_xb * VEC_D + i0 * stride_x
+            y_at = y_ptr + b * stride_yb * VEC_D + j0 * stride_y
+            total = (
+                add_by_feature(
+                    total[0], s, x_at, y_at, in_x, in_y, k, D, stride_x.to(tl.int32), stride_y.to(tl.int32),
+                    BLOCK_M, BLOCK_N,
+                ),
+            )  # fmt: skip
+        else:
+            found |= (tl.min(w, 1) < 0.0).to(tl.int32) << (j0 // BLOCK_N % 32)
+            s = in_two(s) if PARTS == 2 else (s.to(tl.bfloat16),)
+            ones = tl.full((BLOCK_N, 16), 1.0, tl.bfloat16)
+            for part in tl.static_range(PARTS):
+                slopes = tl.dot(s[part], ones, slopes)
+            added = ()
+            for c in tl.static_range(CHUNKS):
+                copy_at = copy_ptr + j0 * stride_c + j[:, None] * step_c + (c * BLOCK_K + k)[None, :]
+                mask = in_y[:, None] & (c * BLOCK_K + k < features - k0)[None, :]
+                y = (tl.load(copy_at, mask, other=0.0),)
+                if PARTS == 2:
+                    y += (tl.load(copy_at + features, mask, other=0.0),)
+                added += (add_product(total[c], s, y),)
+            total = added
+    if found_ptr is not None and k0 == 0:
+        tl.store(found_ptr + tl.program_id(0) // tiles_k, tl.reduce_or(found, 0))
+    slopes = tl.sum(slopes, 1) / 16
+    step_x = stride_x.to(tl.int32)
+    left = D - k0
+    x_ptr += b * stride_xb * VEC_D + i0 * stride_x + k0
+    dx_ptr += (b * M + i0) * D + k0
+    for c in tl.static_range(CHUNKS):
+        in_k = c * BLOCK_K + k < left
+        dx = total[c]
+        if not FEW:
+            x_at = x_ptr + (i[:, None] * step_x + (c * BLOCK_K + k)[None, :])
+            x = tl.load(x_at, (i < M - i0)[:, None] & in_k[None, :], other=0.0).to(tl.float32)
+            if centre_ptr is not None:
+                x -= tl.load(centre_ptr + b * D + k0 + c * BLOCK_K + k, in_k, other=0.0)[None, :]
+            dx -= slopes[:, None] * x
+        dx_at = dx_ptr + (i[:, None] * D + (c * BLOCK_K + k)[None, :])
+        dx = tl.where(in_x[:, None], dx, 0.0)
+        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), (i < M - i0)[:, None] & in_k[None, :])
 
 
-def attention_gradient(
-    x: Tensor,
-    y: Tensor,
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+def attention_gradients(
+    q: Tensor,
+    a: Tensor,
     W: Tensor,
     centre: Tensor | None,
     g: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
+    q_lengths: Tensor | None,
+    a_lengths: Tensor | None,
     *,
-    of_a: bool,
+    wanted: tuple[bool, bool] = (True, True),
     precision: str = "float32",
-) -> Tensor:
-    """dL/dx for g = dL/dS (B, Q, A) and what `attention_forward` saved; x is q, or a if `of_a`."""
+) -> Gradients:
+    """dL/dq and dL/da, those that are wanted, for g = dL/dS (B, Q, A) and what `attention_forward` saved."""
+    (B, Q, D), A = q.shape, a.shape[1]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if wanted[0] else None
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if wanted[1] else None
+    if B * Q * A == 0:
+        return tuple(None if dx is None else dx.zero_() for dx in (dq, da))
+    g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
+    x, y = rows(q), rows(a)
+    lengths = packed(q_lengths), packed(a_lengths)
+    if max(Q, A) <= SHORT and D > DIRECT:
+        short_gradients(x, y, W, centre, g, *lengths, dq, da, precision)
+    else:
+        if dq is not None:
+            _of_rows(x, y, W, centre, g, *lengths, dq, False, precision)
+        if da is not None:
+            _of_rows(y, x, W, centre, g, *lengths[::-1], da, True, precision)
+    return dq, da
+
+
+def _of_rows(
+    x: Tensor, y: Tensor, W: Tensor, centre: Tensor | None, g: Tensor,
+    x_lengths: Tensor | None, y_lengths: Tensor | None, dx: Tensor, of_a: bool, precision: str,
+) -> None:  # fmt: skip
+    """dL/dx for x = q, or x = a if `of_a`."""
     (B, M, D), N = x.shape, y.shape[1]
-    if B * M * N == 0:
-        return x.new_zeros(x.shape)
-    dx = x.new_empty(x.shape)
     arch = config.architecture(x.device)
     tile = config.choose("pairwise_bwd", arch, x.dtype, {"Q": M, "A": N, "D": D})
-    x, y = rows(x), rows(y)
-    g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
+    few, options = D <= DIRECT, tile.options
+    resident = options.pop("RESIDENT")
+    if few:
+        options["BLOCK_K"] = 2 * DIRECT
     vec_d, strides = layout(x, y, size=D)
-    vec_g, g_strides = layout(g)
-    grid = programs(B * triton.cdiv(M, tile.blocks["BLOCK_M"]) * triton.cdiv(D, tile.blocks["BLOCK_K"]))
+    vec_g, g_strides = layout(g, size=N if not of_a else M)
+    copy, vec_c = (y, vec_d) if centre is None else (split_rows(y, y_lengths, centre), ALIGNED.value)
+    chunks = triton.cdiv(D, options["BLOCK_K"])
+    tiles_k = triton.cdiv(chunks, resident // options["BLOCK_K"])
+    blocks = B * triton.cdiv(M, options["BLOCK_M"])
+    found = None if few else W.new_empty(blocks, dtype=torch.int32)
     with torch.cuda.device_of(x):
-        pairwise_bwd[grid](
-            x, y, packed(x_lengths), packed(y_lengths), W, g, centre, dx,
-            M, N, D // vec_d, *strides, *(stride // 8 for stride in W.stride()[:2]), *g_strides,
-            VEC_D=vec_d, VEC_G=vec_g, PREC=product_precision(x.dtype, precision, arch),
-            FEW=D <= DIRECT, TRANSPOSED=of_a,
-            **tile.options,
+        pairwise_bwd[programs(blocks * tiles_k)](
+            x, y, copy, x_lengths, y_lengths, W, g, centre, found, dx,
+            M, N, D // vec_d, *strides, *(stride // vec_c for stride in copy.stride()[:2]),
+            *kept_strides(W), *g_strides,
+            VEC_D=vec_d, VEC_C=vec_c, VEC_G=vec_g,
+            FEW=few, TRANSPOSED=of_a, PARTS=1 if centre is None else 2, CHUNKS=triton.cdiv(chunks, tiles_k),
+            **options,
         )  # fmt: skip
-    return dx
+    if found is not None:
+        add_near(
+            x, y, W, g, found, dx, x_lengths, y_lengths, of_a=of_a, precision=precision,
+            BLOCK_M=options["BLOCK_M"], BLOCK_N=options["BLOCK_N"],
+        )  # fmt: skip
