@@ -193,7 +193,7 @@ def pairwise_tiles_fwd(
         else:
             root = tl.where(beyond < 0.0, 0.0, root)
             S = root * root
-        if tl.min(tl.min(beyond.to(tl.int32, bitcast=True), 1), 0) < 0:
+        if tl.min(beyond.to(tl.int32, bitcast=True)) < 0:
             near = beyond < 0.0
             # Rows whose squares overflow may hold infinity, whose distance to itself is NaN.
             same = near & (x_squares >= 0.0)[:, None]
@@ -203,7 +203,7 @@ def pairwise_tiles_fwd(
             S = tl.where(same, 1.0, S)
             if w_ptr is not None:
                 by_distance = tl.where(near, 0.0, by_distance)
-            left = tl.max(tl.max((near & (same == 0)).to(tl.int32), 1), 0)
+            left = tl.max((near & (same == 0)).to(tl.int32))
             found |= left.to(tl.int64) << (j0 // BLOCK_N % 64)
         inside = (i < M - i0)[:, None]
         tl.store(
