@@ -225,12 +225,12 @@ def tuned(cost, out, results=None, late=lambda self: False, pattern="pairwise_bw
 
 def test_the_entries_found_are_written_and_the_others_kept(pool, tmp_path):
     said, changed = tuned(
-        lambda tile: 2.0 if tile.num_warps == 8 else 3.0,
+        lambda tile: 2.0 if tile.num_warps == 4 else 3.0,
         tmp_path / "a.json",
         pattern="pairwise_bwd_near/sm_90/bfloat16",
     )
     assert {(kernel, new["dtype"], new["config"]["num_warps"]) for kernel, new in changed} == {
-        ("pairwise_bwd_near", "bfloat16", 8)
+        ("pairwise_bwd_near", "bfloat16", 4)
     }
     assert all(new["source"].startswith("2.0000 ms on a GPU, 20") for _, new in changed)
     assert "3.0000 -> 2.0000 ms with {" in said[0]
@@ -238,7 +238,7 @@ def test_the_entries_found_are_written_and_the_others_kept(pool, tmp_path):
 
 def test_results_are_rows_with_what_was_before_and_after(pool, tmp_path):
     def cost(tile):
-        return 2.0 if tile.num_warps == 8 else math.inf  # the shipped one spills
+        return 2.0 if tile.num_warps == 4 else math.inf  # the shipped one spills
 
     tuned(cost, tmp_path / "a.json", tmp_path / "b.json", pattern="pairwise_bwd_near/sm_90/bfloat16")
     results = read_results(tmp_path / "b.json")
@@ -255,7 +255,7 @@ def test_results_are_rows_with_what_was_before_and_after(pool, tmp_path):
         "after_ms": 2.0,
         "candidates": row["candidates"],
         "config_before": entry.tile.options,
-        "config_after": {**entry.tile.options, "num_warps": 8},
+        "config_after": {**entry.tile.options, "num_warps": 4},
     }
     assert row["candidates"] > 10
 
