@@ -6,8 +6,8 @@ With W = S² / d for far pairs, -S² / d for near ones and 0 where d = 0, and k 
 
 for (x, y) = (q, a) and again for (a, q). For far pairs K y is a product a tile, by the kernel here, or by that
 of pairwise_bwd_short.py where all pairs of two sequences fit one tile. Near pairs are added from their
-differences, by pairwise_bwd_near.py. A program owns its block of dL/dx and walks the tiles in order: no atomics,
-the same bits in every run.
+differences, by pairwise_bwd_near.py. A program owns its block of dL/dx and walks the tiles in order: no
+atomics, the same bits in every run.
 
 K and y are multiplied in bfloat16 where y is of that dtype, and else as the sum of two such numbers each
 (pairwise_split.py). The sum of K is taken from what is multiplied.
@@ -194,6 +194,8 @@ def _of_rows(
     vec_d, strides = layout(x, y, size=D)
     vec_g, g_strides = layout(g, size=N if not of_a else M)
     copy, vec_c = (y, vec_d) if centre is None else (split_rows(y, y_lengths, centre), ALIGNED.value)
+    if vec_d * x.element_size() < 8:  # rows that are hardly aligned take registers of their own
+        resident //= 2
     chunks = triton.cdiv(D, options["BLOCK_K"])
     tiles_k = triton.cdiv(chunks, resident // options["BLOCK_K"])
     blocks = B * triton.cdiv(M, options["BLOCK_M"])
