@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gatematch.kernels import (
     config,
-    lstm_cluster,
     lstm_persistent,
     lstm_resident,
     lstm_step,
@@ -250,7 +249,6 @@ LAUNCHES: dict[str, Callable[[Sample], Launch]] = {
     "pairwise_stream_fwd": _pairwise_stream_fwd,
     "pairwise_stream_sums": _pairwise_stream_sums,
     "pairwise_stream_bwd": _pairwise_stream_bwd,
-    "lstm_cluster_fwd": _forward_of(lstm_cluster),
     "lstm_resident_fwd": _forward_of(lstm_resident),
     "lstm_resident_bwd": _backward_of(lstm_resident),
     "lstm_persistent_fwd": _forward_of(lstm_persistent),
@@ -288,9 +286,8 @@ class Entry:
 
 def served(kernel: str, arch: str, sample: Sample) -> bool:
     """Whether the kernel is ever launched so on that architecture."""
-    for module in (lstm_resident, lstm_cluster):
-        if kernel.startswith(module.__name__.rpartition(".")[2]):
-            return module.serves(sample.shape["H"], sample.dtype, sample.precision, arch)
+    if kernel.startswith("lstm_resident"):
+        return lstm_resident.serves(sample.shape["H"], sample.dtype, sample.precision, arch)
     return True
 
 
@@ -308,7 +305,6 @@ def entries(archs: Iterable[str], pattern: str) -> list[Entry]:
         Entry(kernel, arch, *entry)
         for kernel in LAUNCHES
         for arch in archs
-        if kernel in config.entries(arch)  # some are for one architecture alone
         for entry in config.shipped(kernel, arch)
     )
     found = [entry for entry in listed if chosen.search(str(entry))]

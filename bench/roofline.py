@@ -2,9 +2,8 @@
 
 Its rates are in `Device`, to be replaced by measured ones. The us of a step, on the busiest SM:
 
-    resident, persistent, cluster   max(exchange + max(product, shared, weights) + elementwise + barrier, hbm)
-    step                            launch + max(max(product, shared, exchange + weights) + elementwise
-                                                 + barrier, hbm)
+    resident, persistent   max(exchange + max(product, shared, weights) + elementwise + barrier, hbm)
+    step                   launch + max(max(product, shared, exchange + weights) + elementwise + barrier, hbm)
 
 Shared memory feeds the product while it runs, so these two overlap, as does what is streamed of W. The h of
 the last step must be there before the product begins: serial, but for `step`, which streams it as it does W.
@@ -36,11 +35,7 @@ class Device:
     l2_weights_mb: float = 40.0  # assumed: how much of the 50 MB of L2 W can keep from step to step
     weights_kib: float = 190.0  # assumed: how much of shared memory W may take in `persistent`
     grid_barrier_us: float = 1.2  # assumed: from storing h to holding the others' h
-    cluster_barrier_us: float = 0.2  # assumed: barrier.cluster alone
-    l2_round_trip_us: float = 0.6  # assumed: fence, and the first h of another program through L2
     block_barrier_clocks: float = 30.0  # assumed
-    cluster_programs: int = 16  # the largest (non-portable) cluster; assumed to be what one GPC holds
-    gpcs: int = 8  # assumed: all of them have 16 SMs free
     graph_launch_us: float = 2.5  # assumed: in a CUDA graph, from a kernel's end to the next one at work
     launch_us: float = 6.0  # assumed: the same from the host
     library: float = 0.7  # assumed: what a library's GEMM reaches of the tensor rate
@@ -62,10 +57,9 @@ BYTES = {"bfloat16": 2, "tf32": 4, "float32": 4}
 PASSES = {"bfloat16": 1, "tf32": 1, "float32": 3}
 HELD = {"bfloat16": 2, "tf32": 4, "float32": 8}
 
-KERNELS = ("resident", "persistent", "step", "cluster")
+KERNELS = ("resident", "persistent", "step")
 RESIDENT_H = {"bfloat16": 128, "tf32": 64, "float32": 64}
 PERSISTENT_H = 2048
-CLUSTER_H = {"bfloat16": 512, "tf32": 256, "float32": 0}
 BLOCK_H = (16, 32, 64)
 BLOCK_B = (16, 32, 64)
 # Read from the compiled code of the kernels' prototypes (sm_90); no size changes them much.
@@ -187,8 +181,6 @@ def price(
     barrier = device.clocks(BLOCK_BARRIERS[cell.direction] * device.block_barrier_clocks)
     if kernel == "persistent":
         barrier += device.grid_barrier_us
-    elif kernel == "cluster":
-        barrier += device.cluster_barrier_us + device.l2_round_trip_us
     launch = device.graph_launch_us if step else 0.0
 
     if step:
@@ -256,25 +248,12 @@ def step(device: Device, cell: Cell) -> Cost:
     return min(costs, key=lambda cost: cost.us)
 
 
-def cluster(device: Device, cell: Cell) -> Cost | None:
-    """16 rows in a cluster that holds W, 32 units in each program; h through L2. There is no backward."""
-    if CLUSTER_H[cell.dtype] < cell.H or cell.direction == "backward":
-        return None
-    programs = 1 << (ceil(cell.H / 32) - 1).bit_length()
-    if programs > device.cluster_programs:
-        return None
-    at_once = device.gpcs * (device.cluster_programs // programs)
-    runs, clusters = _runs(ceil(cell.B / 16), at_once)
-    return price(device, cell, "cluster", 32, 16, programs * clusters, runs)
-
-
 def costs(device: Device, cell: Cell) -> dict[str, Cost]:
     """Every kernel that can serve the cell, the cheapest first."""
     offers = {
         "resident": resident(device, cell),
         "persistent": persistent(device, cell),
         "step": step(device, cell),
-        "cluster": cluster(device, cell),
     }
     return dict(sorted(((k, c) for k, c in offers.items() if c is not None), key=lambda item: item[1].us))
 

@@ -69,7 +69,7 @@ def lstm(
         return_cells: also return the cell states of the last layer at every step.
         impl: "auto": the Triton kernels on CUDA where they can serve the call, "torch" elsewhere. "triton":
             the kernels, or an error that says why not. "torch": PyTorch's own. Also one kernel by name:
-            "resident", "persistent", "step" or "cluster". In float32 the kernels take TF32 products where
+            "resident", "persistent" or "step". In float32 the kernels take TF32 products where
             torch.backends.cudnn.rnn.fp32_precision allows them, as torch's own do.
 
     Returns:

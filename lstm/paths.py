@@ -6,7 +6,7 @@ from torch import Tensor
 from gatematch.kernels.autograd import compiles_transformed, forward_mode, transformed
 from gatematch.kernels.launch import obstacle
 
-KERNELS = ("resident", "persistent", "step", "cluster")
+KERNELS = ("resident", "persistent", "step")
 IMPLS = ("auto", "torch", "triton", *KERNELS)
 
 

@@ -3,7 +3,6 @@
     resident     H up to 128 in 16 bits, 64 in float32, what fits one multiprocessor: nobody waits for others
     persistent   beyond: W_hh is spread over the chip, one wait of all for all in every step
     step         whatever neither can serve, one launch a step: any H, and where another could not be launched
-    cluster      never chosen; `impl="cluster"` asks for it (forward)
 
 By the model of bench/roofline.py: resident has no barrier to wait at, and as long as the programs of
 persistent fit the chip they read less than step, which reads all of W_hh in every step.
@@ -54,7 +53,7 @@ def serves(kernel: str, layer: Layer, backward: bool) -> bool:
         return True
     if kernel == "persistent":
         return bool(_module(kernel).serves(H, dtype, precision, arch, processors(device), backward))
-    return not (kernel == "cluster" and backward) and bool(_module(kernel).serves(H, dtype, precision, arch))
+    return bool(_module(kernel).serves(H, dtype, precision, arch))
 
 
 def select(layer: Layer, backward: bool) -> str:

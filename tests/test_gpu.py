@@ -27,7 +27,7 @@ from gatematch.lstm import LSTM, LSTMCell, selection
 from gatematch.lstm.reference import lstm_cell_reference
 
 pytestmark = pytest.mark.gpu
-LSTM_KERNELS = ("resident", "persistent", "step", "cluster")
+LSTM_KERNELS = ("resident", "persistent", "step")
 
 
 @pytest.fixture

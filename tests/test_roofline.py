@@ -23,7 +23,6 @@ from gatematch.bench.roofline import (
     H200,
     HELD,
     Cell,
-    cluster,
     costs,
     persistent,
     price,
@@ -70,10 +69,6 @@ def test_the_other_kernels_by_hand():
     moved = 512 * 128 * 2 + (8 + 1) * 128 * 16 * 2 + 2 * 512 * 16 * 4
     assert cost.shared_us == pytest.approx(moved / 128 / 1980)
     assert cost.barrier_us == pytest.approx(7 * 30 / 1980)
-    # cluster: H 512 takes 16 programs of 32 units; 16 batch tiles are two runs of 8 clusters
-    cost = cluster(H200, Cell(512, 256))
-    assert (cost.programs, cost.runs) == (128, 2)
-    assert cost.barrier_us == pytest.approx(2 * (0.2 + 0.6 + 7 * 30 / 1980))
     # step: 67 MB of W do not stay in L2, so all of it comes from HBM each step
     cost = step(H200, Cell(2048, 1, "tf32"))
     assert cost.weights_hbm_bytes == 4 * 2048 * 2048 * 4 and cost.launch_us == 2.5
@@ -133,8 +128,7 @@ def test_kernels_are_offered_within_their_limits(dtype, direction):
             cell = Cell(H, B, dtype, direction)
             offers = costs(H200, cell)
             alone = {"bfloat16": 128, "tf32": 64, "float32": 64}[dtype]
-            clustered = {"bfloat16": 512, "tf32": 256, "float32": 0}[dtype] if direction == "forward" else 0
-            assert ("resident" in offers) == (alone >= H) and ("cluster" in offers) == (clustered >= H)
+            assert ("resident" in offers) == (alone >= H)
             assert "step" in offers and ("persistent" in offers) == (H <= 132 * 64)
             for kernel, cost in offers.items():
                 assert kernel == "step" or cost.programs <= H200.sms
@@ -213,7 +207,7 @@ def test_a_wavefront_by_hand():
     assert together == pytest.approx(cost.us * 513 / 512)
     between = 8_388_608 / (0.7 * 989e6)  # the product takes longer than y and z through HBM
     assert between > 5 * 256 * 16 * 2 / 4.8e6
-    assert apart == pytest.approx(2 * costs(H200, cell)["cluster"].us + between)
+    assert apart == pytest.approx(2 * costs(H200, cell)["persistent"].us + between)
     assert wavefront(H200, Cell(8192, 1)) is None  # 2 x 128 programs are more than there are SMs
 
 
@@ -282,11 +276,6 @@ def test_the_numbers_of_the_document_are_those_of_the_model(rows):
             )
     published = costs(H200, Cell(768, 16))["persistent"].us
     assert f"the model says {published:.2f}" in prose
-    faster = run_roofline(replace(H200, grid_barrier_us=0.8))
-    assert sum(row["chosen"] == "cluster" for row in rows) == int(
-        re.search(r"`cluster` serves (\d+) cells", prose)[1]
-    )
-    assert not any(row["chosen"] == "cluster" for row in faster)
     assert len(list(summary(H200, rows))) == 2 * len(DTYPES) * len(DIRECTIONS)
 
 

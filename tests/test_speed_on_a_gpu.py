@@ -575,7 +575,7 @@ def test_the_step_of_a_single_layer_beside_the_model(device):
     assert row["model_us_per_step"] == floors.costs(floors.measured(H200, RATES), cell)["persistent"].us
     both = floors.model_us_per_step(row | {"configs": ["lstm_persistent_fwd", "lstm_persistent_bwd"]}, None)
     assert both > row["model_us_per_step"]
-    assert floors.model_us_per_step(row | {"configs": ["lstm_cluster_bwd"]}, RATES) is None
+    assert floors.model_us_per_step(row | {"configs": ["lstm_other_bwd"]}, RATES) is None
     half = floors.model_us_per_step(row | {"dtype": "float16"}, RATES)
     assert half == row["model_us_per_step"]
 

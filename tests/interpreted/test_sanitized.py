@@ -15,10 +15,9 @@ torch.set_num_threads(1)
 
 
 def cases():
-    """The first case of each kernel. Gluon, as in lstm_cluster, has no interpreter."""
+    """The first case of each kernel."""
     for kernel, group in itertools.groupby(sanitized.cases("sm_90", "cpu"), key=lambda case: case[0]):
-        if kernel != "lstm_cluster_fwd":
-            yield pytest.param(*next(group), id=kernel)
+        yield pytest.param(*next(group), id=kernel)
 
 
 @pytest.mark.parametrize(("kernel", "sample"), list(cases()))
