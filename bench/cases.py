@@ -53,7 +53,7 @@ CASES = [
 def _gpu_pairwise(
     name: str, B: int, L: int, D: int, data: str = "random", timings: tuple[str, ...] = ("cold",), **op: Any
 ) -> list[Case]:
-    """In the dtypes that matter, float32 by three TF32 passes."""
+    """In the dtypes that matter, float32 by three passes."""
     shape = {"B": B, "Q": L, "A": L, "D": D} | ({"V": D} if op else {})
     return [
         Case(f"pairwise/{name}", shape, data, dtype, op, timings=timings)

@@ -175,12 +175,15 @@ def _bound(op: str, dtype: torch.dtype) -> float:
 
 
 def work(op: str, shape: dict[str, int], dtype: torch.dtype) -> dict[str, Work]:
-    """Products of float32 count three times, at the rate of TF32. A root and a reciprocal for each pair, and
-    in backward a reciprocal, from S, or both again where S is not in memory."""
+    """Products of float32 count three times, at the rate of the parts that are multiplied: of float16 for S, of
+    TF32 for S @ v. A root and a reciprocal for each pair, and in backward a reciprocal, from S, or both again
+    where S is not in memory."""
     B, Q, A, D, V = (shape.get(letter, 0) for letter in "BQADV")
     pairs, size = B * Q * A, dtype.itemsize
     inputs = B * (Q * D + A * D + A * V) * size
-    product, passes = ("tf32", 3) if dtype == torch.float32 else (str(dtype).removeprefix("torch."), 1)
+    product, passes = str(dtype).removeprefix("torch."), 1
+    if dtype == torch.float32:
+        product, passes = "float16" if op == "attention" else "tf32", 3
     if op == "attention":
         forward = inputs + pairs * size, 2 * pairs * D * passes, 2 * pairs
         # S and its gradient are read, and there are a product for dq and one for da.

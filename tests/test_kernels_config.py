@@ -152,10 +152,11 @@ def test_the_lists_can_be_read_without_triton():
 def test_the_document_says_which_rows_of_q_are_kept():
     kept = {
         dtype: max(
-            tile.blocks["RESIDENT"] for kind, _, tile in shipped("pairwise_fwd", "sm_90") if kind == dtype
+            tile.blocks["RESIDENT"] for kind, _, tile in shipped("pairwise_tiles_fwd", "sm_90") if kind == dtype
         )
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     }
+    kept[torch.float32] //= 2  # it counts both parts
     assert kept[torch.bfloat16] == kept[torch.float16]
     page = Path(__file__).parents[1] / "docs" / "design" / "pairwise-kernels.md"
     said = (
