@@ -11,6 +11,8 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +82,37 @@ def programs(number: int) -> tuple[int]:
     if number >= 2**31:
         raise ValueError(f"q and a must need fewer than 2**31 tiles; got {number}: split the batch")
     return (number,)
+
+
+def launch_steps(
+    kernel: Any,
+    grid: tuple[int, ...],
+    steps: Sequence[int],
+    arguments: Callable[[int], tuple[Any, ...]],
+    **options: Any,
+) -> None:
+    """Launch a kernel for one step after the other, which from the second one on differ in the argument `s`.
+
+    To find the program for its arguments takes Triton longer than a GPU for most steps: what it has found for
+    the second step is launched in all others, with addresses for tensors. Where kernels are interpreted it
+    finds none.
+
+    Args:
+        arguments: of a step, in the kernel's order, all but those that `options` gives by name.
+        options: the arguments that are compiled in, and the compiler's.
+    """
+    program = None
+    for s in steps[:2]:
+        program = kernel[grid](*arguments(s), **options)
+    if program is None:
+        for s in steps[2:]:
+            kernel[grid](*arguments(s), **options)
+    elif len(steps) > 2:
+        names = list(kernel.arg_names)
+        given = arguments(steps[1])
+        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
+        values += [options[name] for name in names[len(given) :]]
+        at, launch = names.index("s"), program[grid]
+        for s in steps[2:]:
+            values[at] = s
+            launch(*values)

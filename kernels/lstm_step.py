@@ -12,8 +12,9 @@ from L2 or memory in every step. h is read from y, where the step before has sto
 after from dz: no program writes what another one of its launch reads, and nothing is exchanged or copied.
 Only c and dc are kept beside, in float32. What the product does not need is loaded before it, used after it.
 
-The host launches T steps (T + 1 in backward, the last one for the initial state) whatever the lengths, and
-never waits; a program whose rows have all ended returns at once. No atomics: the same bits in every run.
+The host launches T steps (T + 1 in backward, the last one for the initial state) whatever the lengths, with
+little to do for each (`launch_steps`), and never waits; a program whose rows have all ended returns at once.
+No atomics: the same bits in every run.
 
 **Saved for backward.** The activated gates, over z, and c_t in float32, as in lstm_persistent.py; of a cell,
 the gates.
@@ -23,6 +24,7 @@ cell x (B, I), W_ih (4H, I), biases (4H,), gates and dz (B, 4H), states (B, H).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -30,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import product_precision, width
+from .launch import launch_steps, product_precision, width
 from .numerics import as_multiplied
 from .recurrence import ends, first_rows, load_gates, split_gates, store_gates, update, update_gradient
 
@@ -239,15 +241,19 @@ def forward(
     cells = make(N, T, B, H, dtype=torch.float32) if save else None
     c = torch.empty_like(c_0, dtype=torch.float32)
     vec = width(z.element_size(), H)
-    launch = lstm_step_fwd[_grid(tile, N, B, H)]
+
+    def arguments(s: int) -> tuple[Any, ...]:
+        return (
+            z, None, None, None, None, weights[0], weights[-1], y if s else h_0, c_0, lengths,
+            c, y, h_n, c_n, z if save else None, cells,
+            s, N, T, B, H // vec, 0,
+        )  # fmt: skip
+
     with torch.cuda.device_of(z):
-        for s in range(T):
-            launch(
-                z, None, None, None, None, weights[0], weights[-1], y if s else h_0, c_0, lengths,
-                c, y, h_n, c_n, z if save else None, cells,
-                s, N, T, B, H // vec, 0,
-                VEC_H=vec, VEC_I=1, PREC=product_precision(z.dtype, precision, arch), **_options(tile, vec),
-            )  # fmt: skip
+        launch_steps(
+            lstm_step_fwd, _grid(tile, N, B, H), range(T), arguments,
+            VEC_H=vec, VEC_I=1, PREC=product_precision(z.dtype, precision, arch), **_options(tile, vec),
+        )  # fmt: skip
     return y, h_n, c_n, cells
 
 
@@ -273,15 +279,19 @@ def backward(
     dh_0, dc_0 = torch.empty_like(c_0), torch.empty_like(c_0)
     dc = torch.empty_like(c_0, dtype=torch.float32)
     vec = width(gates.element_size(), H)
-    launch = lstm_step_bwd[_grid(tile, N, B, H)]
+
+    def arguments(s: int) -> tuple[Any, ...]:
+        return (
+            gates, cells, weights[0], weights[-1], c_0, lengths, g_y, g_h_n, g_c_n, g_cells,
+            dz, dc, dh_0, dc_0,
+            s, N, T, B, H // vec,
+        )  # fmt: skip
+
     with torch.cuda.device_of(gates):
-        for s in range(T - 1, -2, -1):
-            launch(
-                gates, cells, weights[0], weights[-1], c_0, lengths, g_y, g_h_n, g_c_n, g_cells,
-                dz, dc, dh_0, dc_0,
-                s, N, T, B, H // vec,
-                VEC_H=vec, PREC=product_precision(gates.dtype, precision, arch), **tile.options,
-            )  # fmt: skip
+        launch_steps(
+            lstm_step_bwd, _grid(tile, N, B, H), range(T - 1, -2, -1), arguments,
+            VEC_H=vec, PREC=product_precision(gates.dtype, precision, arch), **tile.options,
+        )  # fmt: skip
     return dz, dh_0, dc_0
 
 
