@@ -214,7 +214,7 @@ def tiles_of(path: Path, x: Tensor, y: Tensor, tile: config.Config) -> Tiles:
             return Tiles(squares, d2.nan_to_num(0.0).double().square(), near.bool(), S)
         squares = torch.empty_like(d2)
         if path.variant == "prepared":
-            x_parts, y_parts = (parts_of(side, y, None, None, None, number=path.parts) for side in (x, y))
+            x_parts, y_parts, _ = parts_of(x, y, None, None, number=path.parts)
             both = (side for of in zip(x_parts[2:5], y_parts[2:5], strict=True) for side in of)
             expanded_parts[(tiles,)](
                 *both, squares, d2, near, S, x_parts.parts.shape[3],

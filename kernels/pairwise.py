@@ -299,16 +299,14 @@ def attention_forward(
         raise ValueError(f"a must have fewer than 2**24 rows; got {A}: pairwise_attend takes more")
     S = q.new_empty(B, Q, A)
     W = q.new_empty(B, Q, kept_columns(A), dtype=kept_dtype(q.dtype)) if save else None
-    centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     if S.numel() == 0:
-        return S, W, centre
+        return S, W, q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     number = 2 if q.dtype == torch.float32 and precision == "float32" else 1
     if D > DIRECT and min(Q, A) >= PREPARED:
-        y = parts_of(a, a, a_lengths, a_lengths, centre, number=number)
-        same = q is a and q_lengths is a_lengths
-        x = y if same else parts_of(q, a, q_lengths, a_lengths, None, number=number)
+        x, y, centre = parts_of(q, a, q_lengths, a_lengths, number=number)
         tiles_forward(x, y, S, W)
-        return S, W, centre
+        return S, W, centre if save and takes_centre(q) else None
+    centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     arch = config.architecture(q.device)
     tile = config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
     x, y = rows(q), rows(a)

@@ -62,100 +62,146 @@ def mixed(bits):
     return bits ^ (bits >> 16)
 
 
-@triton.jit(do_not_specialize=["M", "N", "D", "stride_xb", "stride_x", "stride_yb", "stride_y"])
-def pairwise_parts(
-    x_ptr, y_ptr, x_lengths_ptr, y_lengths_ptr, parts_ptr, squares_ptr, scale_ptr, prints_ptr, centre_ptr,
-    M, N, D,
-    stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
-    VEC_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "D", "stride_b", "stride"])
+def pairwise_centre(
+    y_ptr, y_lengths_ptr, centre_ptr, scale_ptr, N, D, stride_b: tl.int64, stride: tl.int64,
+    VEC_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of the parts, their squares and scales, and the centre if it is given.
+    """The centre of a sequence, 0 if its rows share no offset, and the scale of 16-bit rows.
 
     Strides in units of VEC_D elements.
     """
-    BY_ROW: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    tl.static_assert(ROWS % BLOCK_M == 0 and FEATURES % BLOCK_K == 0, "the parts are made of whole blocks")
+    b = tl.program_id(0).to(tl.int64)
     D *= VEC_D
-    stride_x *= VEC_D
-    stride_y *= VEC_D
+    stride *= VEC_D
+    y_ptr += b * stride_b * VEC_D
+    end = length_of(y_lengths_ptr, b, N)
+    centred, size = offset_and_size(y_ptr, D, end, stride)
+    tl.store(scale_ptr + b, power_of_two(exponent_of(size) - SAMPLED_EXPONENT))
+    for k0 in range(0, D, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        centre = tl.zeros((BLOCK_K,), tl.float32)
+        if centred:
+            centre = centre_of(y_ptr, k, D, end, stride)
+        tl.store(centre_ptr + b * D + k, centre, k < D)
+
+
+@triton.jit
+def chunk_of(x_ptr, centre_ptr, i, k, x_left, D, stride):
+    """The features k of the rows i as they are, 0 past the end, and in float32 less their centre."""
+    raw = tl.load(
+        x_ptr + i[:, None] * stride + k[None, :], (i < x_left)[:, None] & (k < D)[None, :], other=0.0
+    )
+    return raw, raw.to(tl.float32) - tl.load(centre_ptr + k, k < D, other=0.0)[None, :]
+
+
+@triton.jit
+def add_bits(first, second, raw, k):
+    """The sums of the fingerprint with the features k added: floats differ in their upper bits, which products
+    lose, so these are carried to the lower ones first."""
+    bits = raw.to(tl.float32).to(tl.uint32, bitcast=True) * 0x9E3779B1
+    bits ^= bits >> 15
+    k = k.to(tl.uint32)
+    return first + bits * mixed(2 * k + 1)[None, :], second + bits * mixed(2 * k + 0x5BD1E995)[None, :]
+
+
+@triton.jit(do_not_specialize=["x_programs", "M", "N", "D", "stride_xb", "stride_x", "stride_yb", "stride_y"])
+def pairwise_parts(
+    x_ptr, x_lengths_ptr, x_parts_ptr, x_squares_ptr, x_scale_ptr, x_prints_ptr,
+    y_ptr, y_lengths_ptr, y_parts_ptr, y_squares_ptr, y_scale_ptr, y_prints_ptr,
+    centre_ptr, x_programs, M, N, D,
+    stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
+    VEC_D: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of one side: the first `x_programs` are of x, the others of y.
+
+    HELD: the number of blocks of BLOCK_K features, if a row is loaded only once, or 0. D and the strides are in
+    units of VEC_D elements.
+    """
+    tl.static_assert(ROWS % BLOCK_M == 0 and FEATURES % BLOCK_K == 0, "the parts are made of whole blocks")
+    BY_ROW: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    program = tl.program_id(0)
+    if program >= x_programs:
+        program -= x_programs
+        x_ptr, x_lengths_ptr, M = y_ptr, y_lengths_ptr, N
+        x_parts_ptr, x_squares_ptr, x_scale_ptr, x_prints_ptr = (
+            y_parts_ptr,
+            y_squares_ptr,
+            y_scale_ptr,
+            y_prints_ptr,
+        )
+        stride_xb, stride_x = stride_yb, stride_y
+    D *= VEC_D
+    stride = stride_x * VEC_D
     tiles = tl.cdiv(M, ROWS) * (ROWS // BLOCK_M)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    i0 = tl.program_id(0) % tiles * BLOCK_M
+    b = (program // tiles).to(tl.int64)
+    i0 = program % tiles * BLOCK_M
     i = tl.arange(0, BLOCK_M)
     x_left = length_of(x_lengths_ptr, b, M) - i0
-    y_end = length_of(y_lengths_ptr, b, N)
-    x_ptr += b * stride_xb * VEC_D + i0 * stride_x
-    y_ptr += b * stride_yb * VEC_D
+    x_ptr += b * stride_xb * VEC_D + i0 * stride
+    centre_ptr += b * D
     features = tl.cdiv(D, FEATURES) * FEATURES
     row = b * tiles * BLOCK_M + i0
-    parts_ptr += row * PARTS * features
-    centred, size = offset_and_size(y_ptr, D, y_end, stride_y)
+    x_parts_ptr += row * PARTS * features
     largest = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     first = tl.zeros((BLOCK_M, BLOCK_K), tl.uint32)
     second = tl.zeros((BLOCK_M, BLOCK_K), tl.uint32)
-    for k0 in range(0, D, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        x = raw_rows(x_ptr, i, k, x_left, D, stride_x)
-        bits = mixed(x.to(tl.float32).to(tl.uint32, bitcast=True))
-        first += bits * mixed(2 * k.to(tl.uint32) + 1)[None, :]
-        second += bits * mixed(0x5BD1E995 + 2 * k.to(tl.uint32))[None, :]
-        x = centred_rows(x, y_ptr, i, k, x_left, y_end, D, stride_y, centred)
-        largest = tl.maximum(largest, tl.abs(x))
-        squares += x * x
-    sums = tl.sum(squares, 1)
-    of_row = tl.max(largest, 1)
-    too_large = sums > LARGE
-    if BY_ROW:
-        exponent = exponent_of(of_row) - EXPONENT
+    held = ()
+    if HELD > 0:
+        for c in tl.static_range(HELD):
+            k = c * BLOCK_K + tl.arange(0, BLOCK_K)
+            raw, x = chunk_of(x_ptr, centre_ptr, i, k, x_left, D, stride)
+            largest = tl.maximum(largest, tl.abs(x))
+            squares += x * x
+            first, second = add_bits(first, second, raw, k)
+            held += (x,)
     else:
-        exponent = tl.full((BLOCK_M,), 0, tl.int32) + (exponent_of(size) - SAMPLED_EXPONENT)
-        brought = of_row * power_of_two(-exponent)
-        too_large |= (brought > 65504.0) | ((brought < LEAST) & (of_row > 0.0))
-    # NaN stays in the squares: its pairs are NaN by themselves.
-    expandable = (too_large == 0) & (sums == sums)
-    sums = tl.where(too_large, NEAR, sums)
-    inverse = power_of_two(-exponent)
-    for k0 in range(0, features, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        x = raw_rows(x_ptr, i, k, x_left, D, stride_x)
-        x = centred_rows(x, y_ptr, i, k, x_left, y_end, D, stride_y, centred)
-        x = tl.where(expandable[:, None], x * inverse[:, None], 0.0)
-        high = x.to(tl.float16)
-        at = parts_ptr + i[:, None] * (PARTS * features) + k[None, :]
-        tl.store(at, high)
-        if PARTS == 2:
-            tl.store(at + features, (x - high.to(tl.float32)).to(tl.float16))
-    tl.store(squares_ptr + row + i, sums)
-    prints_ptr += 2 * b * tiles * BLOCK_M + i0
-    tl.store(prints_ptr + i, tl.sum(first, 1).to(tl.int32, bitcast=True))
-    tl.store(prints_ptr + tiles * BLOCK_M + i, tl.sum(second, 1).to(tl.int32, bitcast=True))
-    if BY_ROW:
-        tl.store(scale_ptr + row + i, power_of_two(exponent))
-    else:
-        tl.store(scale_ptr + b + i, power_of_two(exponent), (i == 0) & (i0 == 0))
-    if centre_ptr is not None and i0 == 0:
         for k0 in range(0, D, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            centre = tl.where(centred, centre_of(y_ptr, k, D, y_end, stride_y), 0.0)
-            tl.store(centre_ptr + b * D + k, centre, k < D)
+            raw, x = chunk_of(x_ptr, centre_ptr, i, k, x_left, D, stride)
+            largest = tl.maximum(largest, tl.abs(x))
+            squares += x * x
+            first, second = add_bits(first, second, raw, k)
+
+    there = i < x_left
+    sums = tl.where(there, tl.sum(squares, 1), 0.0)
+    of_row = tl.where(there, tl.max(largest, 1), 0.0)
+    too_large = sums > LARGE
+    if BY_ROW:
+        scale = power_of_two(exponent_of(of_row) - EXPONENT)
+    else:
+        scale = tl.zeros((BLOCK_M,), tl.float32) + tl.load(x_scale_ptr + b)
+        brought = of_row / scale
+        too_large |= (brought > 65504.0) | ((brought < LEAST) & (of_row > 0.0))
+    # NaN stays in the squares: its pairs are NaN by themselves.
+    expandable = there & (too_large == 0) & (sums == sums)
+    inverse = 1.0 / scale
+    if HELD > 0:
+        for c in tl.static_range(HELD):
+            at = x_parts_ptr + i[:, None] * (PARTS * features) + c * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+            store_parts(at, held[c], expandable, inverse, features, PARTS)
+    else:
+        for k0 in range(0, features, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            _, x = chunk_of(x_ptr, centre_ptr, i, k, x_left, D, stride)
+            at = x_parts_ptr + i[:, None] * (PARTS * features) + k[None, :]
+            store_parts(at, x, expandable, inverse, features, PARTS)
+    tl.store(x_squares_ptr + row + i, tl.where(too_large, NEAR, sums))
+    if BY_ROW:
+        tl.store(x_scale_ptr + row + i, scale)
+    x_prints_ptr += 2 * b * tiles * BLOCK_M + i0
+    tl.store(x_prints_ptr + i, tl.sum(first, 1).to(tl.int32, bitcast=True))
+    tl.store(x_prints_ptr + tiles * BLOCK_M + i, tl.sum(second, 1).to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def raw_rows(x_ptr, i, k, x_left, D, stride_x):
-    """The features k of the rows i of x, 0 past the end."""
-    mask = (i < x_left)[:, None] & (k < D)[None, :]
-    return tl.load(x_ptr + i[:, None] * stride_x + k[None, :], mask, other=0.0)
-
-
-@triton.jit
-def centred_rows(x, y_ptr, i, k, x_left, y_end, D, stride_y, centred):
-    """What `raw_rows` returns, less the centre if there is one: in float32."""
-    x = x.to(tl.float32)
-    if centred:
-        mask = (i < x_left)[:, None] & (k < D)[None, :]
-        x = tl.where(mask, x - centre_of(y_ptr, k, D, y_end, stride_y)[None, :], 0.0)
-    return x
+def store_parts(at, x, expandable, inverse, features, PARTS: tl.constexpr):
+    x = tl.where(expandable[:, None], x * inverse[:, None], 0.0)
+    high = x.to(tl.float16)
+    tl.store(at, high)
+    if PARTS == 2:
+        tl.store(at + features, (x - high.to(tl.float32)).to(tl.float16))
 
 
 class Parts(NamedTuple):
@@ -169,29 +215,49 @@ class Parts(NamedTuple):
     prints: Tensor
 
 
+# Rows of so many features are kept in registers between the two times that they are needed.
+_HELD = 512
+
+
 def parts_of(
-    x: Tensor,
-    y: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
-    centre: Tensor | None,
+    q: Tensor,
+    a: Tensor,
+    q_lengths: Tensor | None,
+    a_lengths: Tensor | None,
     *,
     number: int,
-) -> Parts:
-    """The rows of x (B, M, D) in one or two parts, less the centre of y, which is written to `centre`."""
-    (B, M, D), N = x.shape, y.shape[1]
-    x, y, x_lengths, y_lengths = rows(x), rows(y), packed(x_lengths), packed(y_lengths)
+) -> tuple[Parts, Parts, Tensor]:
+    """The rows of q (B, Q, D) and a (B, A, D) in one or two parts, and the centre (B, D) that they lack."""
+    (B, Q, D), A = q.shape, a.shape[1]
+    same = q is a and q_lengths is a_lengths
+    x, y = rows(q), rows(a)
+    centre = q.new_empty(B, D, dtype=torch.float32)
+    # That of 16-bit rows is the same for both sides.
+    scale = None if q.dtype == torch.float32 else q.new_empty(B, dtype=torch.float32)
+    y_side = _empty(y, packed(a_lengths), scale, number)
+    x_side = y_side if same else _empty(x, packed(q_lengths), scale, number)
+    tile = config.choose("pairwise_parts", config.architecture(q.device), q.dtype, {"M": A, "D": D})
+    options = tile.options
+    features = y_side.parts.shape[3]
+    each = [side.squares.numel() // options["BLOCK_M"] for side in (x_side, y_side)]
+    x_programs = 0 if same else each[0]
+    vec, strides = layout(x, y, size=D)
+    with torch.cuda.device_of(q):
+        pairwise_centre[(B,)](
+            y, y_side.lengths, centre, y_side.scale, A, D // vec, *strides[2:], VEC_D=vec, BLOCK_K=128
+        )
+        pairwise_parts[programs(x_programs + each[1])](
+            *x_side, *y_side, centre, x_programs, Q, A, D // vec, *strides,
+            VEC_D=vec, PARTS=number, HELD=features // options["BLOCK_K"] if features <= _HELD else 0, **options,
+        )  # fmt: skip
+    return x_side, y_side, centre
+
+
+def _empty(x: Tensor, lengths: Tensor | None, scale: Tensor | None, number: int) -> Parts:
+    B, M, D = x.shape
     length = triton.cdiv(M, ROWS.value) * ROWS.value
     features = triton.cdiv(D, FEATURES.value) * FEATURES.value
     parts = x.new_empty(B, length, number, features, dtype=torch.float16)
     squares = x.new_empty(B, length, dtype=torch.float32)
-    scale = torch.empty_like(squares) if x.dtype == torch.float32 else squares.new_empty(B)
     prints = x.new_empty(B, 2, length, dtype=torch.int32)
-    tile = config.choose("pairwise_parts", config.architecture(x.device), x.dtype, {"M": M, "D": D})
-    vec, strides = layout(x, y, size=D)
-    with torch.cuda.device_of(x):
-        pairwise_parts[programs(B * length // tile.blocks["BLOCK_M"])](
-            x, y, x_lengths, y_lengths, parts, squares, scale, prints, centre,
-            M, N, D // vec, *strides, VEC_D=vec, PARTS=number, **tile.options,
-        )  # fmt: skip
-    return Parts(x, x_lengths, parts, squares, scale, prints)
+    return Parts(x, lengths, parts, squares, torch.empty_like(squares) if scale is None else scale, prints)

@@ -95,7 +95,7 @@ def test_fingerprints_differ_where_rows_do():
         [torch.eye(60), torch.eye(60) * 2, torch.cartesian_prod(*[torch.arange(3.0)] * 4).repeat(1, 15)]
     )
     x = x.unique(dim=0)[None]
-    parts = pairwise_parts.parts_of(x, x, None, None, None, number=2)
+    _, parts, _ = pairwise_parts.parts_of(x, x, None, None, number=2)
     prints = parts.prints[0, :, : x.shape[1]]
     assert prints.unique(dim=1).shape[1] == x.shape[1]
     for word in prints:  # each alone would do for so few
