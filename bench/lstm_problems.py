@@ -93,7 +93,7 @@ def flatten(peer: nn.LSTM) -> None:
 
     What `peer.flatten_parameters` does, which leaves out bfloat16 (torch 2.13).
     """
-    weights = peer._flat_weights
+    weights = [weight for weight in peer._flat_weights if weight is not None]
     with torch.no_grad(), torch.cuda.device_of(weights[0]):
         torch._cudnn_rnn_flatten_weight(
             weights,

@@ -303,14 +303,12 @@ def attention_forward(
         return S, W, q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     number = 2 if q.dtype == torch.float32 and precision == "float32" else 1
     if D > DIRECT and min(Q, A) >= PREPARED:
-        x, y, centre = parts_of(q, a, q_lengths, a_lengths, number=number)
-        tiles_forward(x, y, S, W)
+        *sides, centre = parts_of(q, a, q_lengths, a_lengths, number=number)
+        tiles_forward(*sides, S, W)
         return S, W, centre if save and takes_centre(q) else None
     centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     arch = config.architecture(q.device)
     tile = config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
-    x, y = rows(q), rows(a)
-    vec_d, strides = layout(x, y, size=D)
     options = tile.options
     x, y = rows(q), rows(a)
     vec_d, strides = layout(x, y, size=D)

@@ -3,10 +3,10 @@
     S[b, i, j] = 1 / (1 + d),    d² = squares_i + squares_j - 2 scale_i scale_j p_ij      (far pairs)
     p_ij = high_i·high_j + high_i·low_j + low_i·high_j                    (in 16 bits only high_i·high_j)
 
-A program owns a block of rows of q and walks a run of tiles of a, twice. The first walk is what most pairs need:
-it loads tiles ahead, keeps the rows of q on the chip if they fit there, and stores 0 for a near pair,
-which no distance gives, unless its rows are equal by their fingerprints: then 1. The second visits the tiles in
-which there are near pairs left, reads them back and stores these over the zeros, from their differences
+A program owns a block of rows of q and walks a run of tiles of a, twice. The first walk is what most pairs
+need: it loads tiles ahead, keeps the rows of q on the chip if they fit there, and stores 0 for a near pair,
+which no distance gives, unless its rows are equal by their fingerprints: then 1. The second visits the tiles
+in which there are near pairs left, reads them back and stores these over the zeros, from their differences
 (distance.py).
 
 W as in pairwise.py. Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), W (B, Q, A up to a multiple of 8).

@@ -209,4 +209,4 @@ class LSTMCellBackward(torch.autograd.Function):
 
 # `apply` asks for the signature in every call, and finds it there: to work it out takes as long as the rest.
 for _function in (LSTMLayer, LSTMLayerBackward, LSTMCell, LSTMCellBackward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

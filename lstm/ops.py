@@ -212,7 +212,7 @@ def layer_backward(*args: Any) -> list[Tensor]:
     """`layer_backward_op`, or what it calls."""
     x, h_0, c_0, lengths, weights, *others = args
     direct = others[-2] != "torch" and _called_directly(x, h_0, c_0, lengths, *weights, *others[:8])
-    return (_layer_backward if direct else layer_backward_op)(*args)  # type: ignore[no-any-return]
+    return (_layer_backward if direct else layer_backward_op)(*args)
 
 
 def cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,4 +224,4 @@ def cell_backward(*args: Any) -> list[Tensor]:
     """`cell_backward_op`, or what it calls."""
     x, h, c, weights, *saved, _ = args
     direct = _called_directly(x, h, c, *weights, *saved)
-    return (_cell_backward if direct else cell_backward_op)(*args)  # type: ignore[no-any-return]
+    return (_cell_backward if direct else cell_backward_op)(*args)

@@ -152,7 +152,9 @@ def test_the_lists_can_be_read_without_triton():
 def test_the_document_says_which_rows_of_q_are_kept():
     kept = {
         dtype: max(
-            tile.blocks["RESIDENT"] for kind, _, tile in shipped("pairwise_tiles_fwd", "sm_90") if kind == dtype
+            tile.blocks["RESIDENT"]
+            for kind, _, tile in shipped("pairwise_tiles_fwd", "sm_90")
+            if kind == dtype
         )
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     }

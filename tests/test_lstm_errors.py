@@ -115,13 +115,11 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "impl-unknown": (
         lambda: lstm(x, params, impl="fast"),
-        "impl: expected one of 'auto', 'torch', 'triton', 'resident', 'persistent', 'step', "
-        "got 'fast'",
+        "impl: expected one of 'auto', 'torch', 'triton', 'resident', 'persistent', 'step', got 'fast'",
     ),
     "impl-constructor": (
         lambda: LSTM(I, H, impl="fast"),
-        "impl: expected one of 'auto', 'torch', 'triton', 'resident', 'persistent', 'step', "
-        "got 'fast'",
+        "impl: expected one of 'auto', 'torch', 'triton', 'resident', 'persistent', 'step', got 'fast'",
     ),
     "impl-cell": (
         lambda: lstm_cell(x[0], None, *weights, impl="triton"),
