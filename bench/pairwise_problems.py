@@ -175,9 +175,9 @@ def _bound(op: str, dtype: torch.dtype) -> float:
 
 
 def work(op: str, shape: dict[str, int], dtype: torch.dtype) -> dict[str, Work]:
-    """Products of float32 count three times, at the rate of what is multiplied: float16 for S, TF32 for S @ v.
-    A root and a reciprocal for each pair, and in backward a reciprocal, from S, or both again where S is not in
-    memory."""
+    """Products of float32 count three times, at the rate of what is multiplied: float16 for S, TF32 for
+    S @ v. A root and a reciprocal for each pair, and in backward a reciprocal, from S, or both again where S
+    is not in memory."""
     B, Q, A, D, V = (shape.get(letter, 0) for letter in "BQADV")
     pairs, size = B * Q * A, dtype.itemsize
     inputs = B * (Q * D + A * D + A * V) * size

@@ -303,8 +303,8 @@ def attention_forward(
         return S, W, q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     number = 2 if q.dtype == torch.float32 and precision == "float32" else 1
     if D > DIRECT and min(Q, A) >= PREPARED:
-        *sides, centre = parts_of(q, a, q_lengths, a_lengths, number=number)
-        tiles_forward(*sides, S, W)
+        of_q, of_a, centre = parts_of(q, a, q_lengths, a_lengths, number=number)
+        tiles_forward(of_q, of_a, S, W)
         return S, W, centre if save and takes_centre(q) else None
     centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     arch = config.architecture(q.device)
