@@ -59,7 +59,7 @@ HELD = {"bfloat16": 2, "tf32": 4, "float32": 8}
 
 KERNELS = ("resident", "persistent", "step")
 RESIDENT_H = {"bfloat16": 128, "tf32": 64, "float32": 64}
-PERSISTENT_H = 2048
+RESIDENT_FIRST, PERSISTENT_H = 64, 2048  # to which H the rule takes them
 BLOCK_H = (16, 32, 64)
 BLOCK_B = (16, 32, 64)
 # Read from the compiled code of the kernels' prototypes (sm_90); no size changes them much.
@@ -260,7 +260,7 @@ def costs(device: Device, cell: Cell) -> dict[str, Cost]:
 
 def served(cell: Cell) -> str:
     """The kernel that gatematch.lstm takes for such a layer, by the rule of lstm/selection.py."""
-    if RESIDENT_H[cell.dtype] >= cell.H:
+    if cell.H <= RESIDENT_FIRST:
         return "resident"
     return "persistent" if cell.H <= PERSISTENT_H else "step"
 

@@ -445,8 +445,8 @@ def test_compiled():
     ("hidden", "dtype", "kernel"),
     [
         (16, torch.float32, "resident"),
-        (128, torch.bfloat16, "resident"),
-        (144, torch.bfloat16, "persistent"),
+        (64, torch.bfloat16, "resident"),
+        (80, torch.bfloat16, "persistent"),
         (256, torch.float32, "persistent"),
         (10_000, torch.float16, "step"),
     ],
@@ -454,6 +454,17 @@ def test_compiled():
 def test_the_rule(hidden, dtype, kernel):
     layer = selection.Layer(hidden, dtype, "float32", torch.device("cpu"))
     assert selection.select(layer, False) == kernel
+
+
+def test_resident_serves_on_where_persistent_cannot(monkeypatch):
+    monkeypatch.setattr(lstm_persistent, "serves", lambda *layer: False)
+    selection.serves.cache_clear()
+    kernels = {
+        H: selection.select(selection.Layer(H, torch.bfloat16, "float32", torch.device("cpu")), False)
+        for H in (64, 128, 144)
+    }
+    selection.serves.cache_clear()
+    assert kernels == {64: "resident", 128: "resident", 144: "step"}
 
 
 def test_a_kernel_that_cannot_be_launched_is_replaced_once(monkeypatch, caplog):
