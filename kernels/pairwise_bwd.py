@@ -4,8 +4,8 @@ With W = S² / d for far pairs, -S² / d for near ones and 0 where d = 0, and k 
 
     dL/dx_i = sum_j k_ij (y_j - x_i) = (K y)_i - (sum_j k_ij) x_i
 
-for (x, y) = (q, a) and again for (a, q). For far pairs K y is a product a tile, by the kernel here, or by that
-of pairwise_bwd_short.py where all pairs of two sequences fit one tile. Near pairs are added from their
+for (x, y) = (q, a) and again for (a, q). For far pairs K y is a product a tile, by the kernel here, or by
+that of pairwise_bwd_short.py where all pairs of two sequences fit one tile. Near pairs are added from their
 differences, by pairwise_bwd_near.py. A program owns its block of dL/dx and walks the tiles in order: no
 atomics, the same bits in every run.
 
@@ -167,50 +167,50 @@ def attention_gradients(
     if B * Q * A == 0:
         return tuple(None if dx is None else dx.zero_() for dx in (dq, da))
     g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
-    x, y = rows(q), rows(a)
+    q, a = rows(q), rows(a)
     lengths = packed(q_lengths), packed(a_lengths)
-    if max(Q, A) <= SHORT and D > DIRECT:
-        short_gradients(x, y, W, centre, g, *lengths, dq, da, precision)
-    else:
-        if dq is not None:
-            _of_rows(x, y, W, centre, g, *lengths, dq, False, precision)
-        if da is not None:
-            _of_rows(y, x, W, centre, g, *lengths[::-1], da, True, precision)
+    gradients = short_gradients if max(Q, A) <= SHORT and D > DIRECT else _long_gradients
+    gradients(q, a, W, centre, g, *lengths, dq, da, precision)
     return dq, da
 
 
-def _of_rows(
-    x: Tensor, y: Tensor, W: Tensor, centre: Tensor | None, g: Tensor,
-    x_lengths: Tensor | None, y_lengths: Tensor | None, dx: Tensor, of_a: bool, precision: str,
+def _long_gradients(
+    q: Tensor, a: Tensor, W: Tensor, centre: Tensor | None, g: Tensor,
+    q_lengths: Tensor | None, a_lengths: Tensor | None, dq: Tensor | None, da: Tensor | None, precision: str,
 ) -> None:  # fmt: skip
-    """dL/dx for x = q, or x = a if `of_a`."""
-    (B, M, D), N = x.shape, y.shape[1]
-    arch = config.architecture(x.device)
-    tile = config.choose("pairwise_bwd", arch, x.dtype, {"Q": M, "A": N, "D": D})
+    """dL/dq and dL/da, those that are given."""
+    (B, Q, D), A = q.shape, a.shape[1]
+    tile = config.choose("pairwise_bwd", config.architecture(q.device), q.dtype, {"Q": Q, "A": A, "D": D})
     few, options = D <= DIRECT, tile.options
     resident = options.pop("RESIDENT")
-    if few:
-        options["BLOCK_K"] = 2 * DIRECT
-    vec_d, strides = layout(x, y, size=D)
-    vec_g, g_strides = layout(g, size=N if not of_a else M)
-    copy, vec_c = (y, vec_d) if centre is None else (split_rows(y, y_lengths, centre), ALIGNED.value)
-    if vec_d * x.element_size() < 8:  # rows that are hardly aligned take registers of their own
+    if few:  # no products, so that more warps leave no spills
+        options |= {"BLOCK_K": 2 * DIRECT, "num_warps": 8}
+    vec_d, strides = layout(q, a, size=D)
+    if vec_d * q.element_size() < 8:  # rows that are hardly aligned take registers of their own
         resident //= 2
-    chunks = triton.cdiv(D, options["BLOCK_K"])
-    tiles_k = triton.cdiv(chunks, resident // options["BLOCK_K"])
-    blocks = B * triton.cdiv(M, options["BLOCK_M"])
-    found = None if few else W.new_empty(blocks, dtype=torch.int32)
-    with torch.cuda.device_of(x):
-        pairwise_bwd[programs(blocks * tiles_k)](
-            x, y, copy, x_lengths, y_lengths, W, g, centre, found, dx,
-            M, N, D // vec_d, *strides, *(stride // vec_c for stride in copy.stride()[:2]),
-            *kept_strides(W), *g_strides,
-            VEC_D=vec_d, VEC_C=vec_c, VEC_G=vec_g,
-            FEW=few, TRANSPOSED=of_a, PARTS=1 if centre is None else 2, CHUNKS=triton.cdiv(chunks, tiles_k),
-            **options,
-        )  # fmt: skip
-    if found is not None:
+    chunks = -(-D // options["BLOCK_K"])
+    tiles_k = -(-chunks // (resident // options["BLOCK_K"]))
+    of_pairs = kept_strides(W)
+    found: list[Tensor | None] = []
+    sides = (q, a, q_lengths, a_lengths, dq), (a, q, a_lengths, q_lengths, da)
+    for of_a, (x, y, x_lengths, y_lengths, dx) in enumerate(sides):
+        M, N = x.shape[1], y.shape[1]
+        blocks = B * -(-M // options["BLOCK_M"])
+        found.append(None if few or dx is None else W.new_empty(blocks, dtype=torch.int32))
+        if dx is None:
+            continue
+        vec_g, g_strides = layout(g, size=M if of_a else N)
+        copy, vec_c = (y, vec_d) if centre is None else (split_rows(y, y_lengths, centre), ALIGNED.value)
+        with torch.cuda.device_of(x):
+            pairwise_bwd[programs(blocks * tiles_k)](
+                x, y, copy, x_lengths, y_lengths, W, g, centre, found[of_a], dx,
+                M, N, D // vec_d, *(strides[2:] + strides[:2] if of_a else strides),
+                *(stride // vec_c for stride in copy.stride()[:2]), *of_pairs, *g_strides,
+                VEC_D=vec_d, VEC_C=vec_c, VEC_G=vec_g, FEW=few, TRANSPOSED=bool(of_a),
+                PARTS=1 if centre is None else 2, CHUNKS=-(-chunks // tiles_k), **options,
+            )  # fmt: skip
+    if not few:
         add_near(
-            x, y, W, g, found, dx, x_lengths, y_lengths, of_a=of_a, precision=precision,
-            BLOCK_M=options["BLOCK_M"], BLOCK_N=options["BLOCK_N"],
+            q, a, W, g, found[0], found[1], dq, da, q_lengths, a_lengths, precision,
+            options["BLOCK_M"], options["BLOCK_N"],
         )  # fmt: skip

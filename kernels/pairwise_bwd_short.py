@@ -109,6 +109,9 @@ def short_gradients(
     arch = config.architecture(q.device)
     tile = config.choose("pairwise_bwd_short", arch, q.dtype, {"Q": Q, "A": A, "D": D})
     vec_d, strides = layout(q, a, size=D)
+    options = tile.options
+    if vec_d * q.element_size() < 8:  # rows that are hardly aligned take registers of their own
+        options["BLOCK_K"] //= 2
     vec_g, g_strides = layout(g, size=A)
     block = SHORT if max(Q, A) > SHORT // 2 else SHORT // 2
     found = W.new_empty(B, dtype=torch.int32)
@@ -117,10 +120,6 @@ def short_gradients(
             q, a, q_lengths, a_lengths, W, g, centre, found, dq, da,
             Q, A, D // vec_d, *strides, *kept_strides(W), *g_strides,
             VEC_D=vec_d, VEC_G=vec_g,
-            BLOCK=block, **tile.options,
+            BLOCK=block, **options,
         )  # fmt: skip
-    near = {"precision": precision, "BLOCK_M": block, "BLOCK_N": block}
-    if dq is not None:
-        add_near(q, a, W, g, found, dq, q_lengths, a_lengths, of_a=False, **near)
-    if da is not None:
-        add_near(a, q, W, g, found, da, a_lengths, q_lengths, of_a=True, **near)
+    add_near(q, a, W, g, found, found, dq, da, q_lengths, a_lengths, precision, block, block)

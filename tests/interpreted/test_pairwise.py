@@ -18,7 +18,7 @@ from pairwise_ops import OPS, opcheck_case
 
 from gatematch.attention import autograd, ops, pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
-from gatematch.kernels import distance, pairwise, pairwise_stream
+from gatematch.kernels import distance, pairwise, pairwise_bwd_near, pairwise_stream
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -222,6 +222,28 @@ def test_programs_that_walk_many_tiles(D, with_lengths, monkeypatch):
     lengths = (torch.tensor([200, 131]), torch.tensor([64, 170])) if with_lengths else (None, None)
     check_sums(q, a, lengths)
     check_attend(q, a, v, lengths, "rows")
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("Q", [20, 70])
+def test_near_pairs_of_many_blocks_by_one_program(Q, wanted, monkeypatch):
+    """In few of more blocks than it looks at at once, on one side or both."""
+    monkeypatch.setattr(pairwise_bwd_near, "multiprocessors", lambda device: 0)
+    monkeypatch.setattr(pairwise_bwd_near, "WORDS", tl.constexpr(4))
+    B = 11
+    q, a = torch.randn(B, Q, 9), torch.randn(B, 5, 9)
+    for b in (0, 3, B - 6, B - 1):
+        q[b, 3] = a[b, 2] + 1e-3
+        q[b, Q - 1] = a[b, 4] - 1e-3
+    inputs = [x.requires_grad_(want) for x, want in zip((q, a), wanted, strict=True)]
+    g = torch.randn(B, Q, 5)
+    got = torch.autograd.grad(
+        pairwise_attention(q, a, impl="triton"), [x for x in inputs if x.requires_grad], g
+    )
+    q, a = (x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
+    S = exact.pairwise_attention_reference(q, a, None, None)
+    want = torch.autograd.grad(S, [x for x in (q, a) if x.requires_grad], g.double())
+    torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-4, atol=1e-5)
 
 
 def test_norms_that_overflow():
