@@ -3,19 +3,20 @@
     x_i - centre = scale_i (high_i + low_i + what is lost)        high, low in float16, scale_i a power of two
     squares_i = ||x_i - centre||²
 
-where the centre is that of y if its rows share an offset, and 0 if not (distance.py). Two parts hold the 24 bits
-of a float32, and their products run at twice the rate of TF32; of 16-bit rows there is no low part. The scale
-brings the largest feature of a float32 row to 2^7: what float16 cannot hold below is 2^-31 of it. For 16-bit
-rows, of which fewer bits matter, one scale serves a whole sequence: that of a sample of the rows of y.
+where the centre is that of y if its rows share an offset, and 0 if not (distance.py). Two parts hold the 24
+bits of a float32, and their products run at twice the rate of TF32; of 16-bit rows there is no low part. The
+scale brings the largest feature of a float32 row to 2^7: what float16 cannot hold below is 2^-31 of it. For
+16-bit rows, of which fewer bits matter, one scale serves a whole sequence: that of a sample of the rows of y.
 
-A row whose squares would overflow, or which that scale does not suit, cannot be expanded: its parts are 0 and its
-squares NEAR, with which every pair of it is near.
+A row whose squares would overflow, or which that scale does not suit, cannot be expanded: its parts are 0 and
+its squares NEAR, with which every pair of it is near.
 
-In text most near pairs are of equal rows. Two numbers of 32 bits for each row, sums over its features of mixed
-bits times constants, are its fingerprint: near rows with the same one are equal, but for one pair in 2^64.
+In text most near pairs are of equal rows. Two numbers of 32 bits for each row, the sums over its features of
+their mixed bits and of the squares of these, are its fingerprint: near rows with the same one are equal, but
+for about one pair in 2^64.
 
-Parts are padded with zeros to whole blocks of ROWS rows and FEATURES features, so that tiles need no masks and
-load 16 bytes at a time.
+Parts are padded with zeros to whole blocks of ROWS rows and FEATURES features, so that tiles need no masks
+and load 16 bytes at a time.
 
 Shapes: x (B, M, D), y (B, N, D), parts (B, M', PARTS, D'), squares (B, M'), scale (B, M') of float32 and (B,)
 of 16-bit rows, fingerprints (B, 2, M'), centre (B, D).
@@ -37,8 +38,8 @@ FEATURES = tl.constexpr(64)
 # Squares of a row all of whose pairs are near, and from where on those of others might overflow in a tile.
 NEAR = tl.constexpr(-1e38)
 LARGE = tl.constexpr(1e36)
-# The exponents that the largest feature of a float32 row, or of a sample of 16-bit rows, is brought to, and what
-# the largest feature of another 16-bit row must be then.
+# The exponents that the largest feature of a float32 row, or of a sample of 16-bit rows, is brought to, and
+# what the largest feature of another 16-bit row must be then.
 EXPONENT, SAMPLED_EXPONENT, LEAST = tl.constexpr(7), tl.constexpr(2), tl.constexpr(2.0**-12)
 
 
@@ -52,14 +53,6 @@ def exponent_of(x):
 def power_of_two(exponent):
     """2^exponent in float32, from -126 to 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def mixed(bits):
-    """32 bits of which each depends on many: floats differ in their upper bits, which products lose."""
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-    return bits ^ (bits >> 16)
 
 
 @triton.jit(do_not_specialize=["N", "D", "stride_b", "stride"])
@@ -97,12 +90,15 @@ def chunk_of(x_ptr, centre_ptr, i, k, x_left, D, stride):
 
 @triton.jit
 def add_bits(first, second, raw, k):
-    """The sums of the fingerprint with the features k added: floats differ in their upper bits, which products
-    lose, so these are carried to the lower ones first."""
-    bits = raw.to(tl.float32).to(tl.uint32, bitcast=True) * 0x9E3779B1
+    """The sums of the fingerprint with the features k added.
+
+    Floats differ in their upper bits, which a product loses: a shift carries them to the lower ones.
+    """
+    bits = raw.to(tl.float32).to(tl.uint32, bitcast=True) ^ (k.to(tl.uint32) * 0x9E3779B1)[None, :]
     bits ^= bits >> 15
-    k = k.to(tl.uint32)
-    return first + bits * mixed(2 * k + 1)[None, :], second + bits * mixed(2 * k + 0x5BD1E995)[None, :]
+    bits *= 0x85EBCA6B
+    bits ^= bits >> 13
+    return first + bits, second + bits * bits
 
 
 @triton.jit(do_not_specialize=["x_programs", "M", "N", "D", "stride_xb", "stride_x", "stride_yb", "stride_y"])
@@ -111,12 +107,13 @@ def pairwise_parts(
     y_ptr, y_lengths_ptr, y_parts_ptr, y_squares_ptr, y_scale_ptr, y_prints_ptr,
     centre_ptr, x_programs, M, N, D,
     stride_xb: tl.int64, stride_x: tl.int64, stride_yb: tl.int64, stride_y: tl.int64,
-    VEC_D: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    VEC_D: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one side: the first `x_programs` are of x, the others of y.
 
-    HELD: the number of blocks of BLOCK_K features, if a row is loaded only once, or 0. D and the strides are in
-    units of VEC_D elements.
+    HELD: the number of blocks of BLOCK_K features, if a row is loaded only once, or 0. D and the strides are
+    in units of VEC_D elements.
     """
     tl.static_assert(ROWS % BLOCK_M == 0 and FEATURES % BLOCK_K == 0, "the parts are made of whole blocks")
     BY_ROW: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
@@ -239,6 +236,7 @@ def parts_of(
     tile = config.choose("pairwise_parts", config.architecture(q.device), q.dtype, {"M": A, "D": D})
     options = tile.options
     features = y_side.parts.shape[3]
+    held = features // options["BLOCK_K"] if features <= _HELD else 0
     each = [side.squares.numel() // options["BLOCK_M"] for side in (x_side, y_side)]
     x_programs = 0 if same else each[0]
     vec, strides = layout(x, y, size=D)
@@ -248,7 +246,7 @@ def parts_of(
         )
         pairwise_parts[programs(x_programs + each[1])](
             *x_side, *y_side, centre, x_programs, Q, A, D // vec, *strides,
-            VEC_D=vec, PARTS=number, HELD=features // options["BLOCK_K"] if features <= _HELD else 0, **options,
+            VEC_D=vec, PARTS=number, HELD=held, **options,
         )  # fmt: skip
     return x_side, y_side, centre
 

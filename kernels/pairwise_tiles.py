@@ -252,10 +252,11 @@ def tiles_forward(x: Parts, y: Parts, S: Tensor, W: Tensor | None) -> None:
     tile = config.choose("pairwise_tiles_fwd", config.architecture(S.device), dtype, {"Q": Q, "A": A, "D": D})
     options = tile.options
     number, features = x.parts.shape[2:]
-    held = features // options["BLOCK_K"] if number * features <= options.pop("RESIDENT") else 0
-    if W is not None:  # which takes registers of its own
-        options |= {name: options[name] // 2 for name in ("BLOCK_M", "BLOCK_N", "num_warps")}
+    resident = options.pop("RESIDENT")
+    if W is not None:  # which takes registers of its own: fewer columns, so more of them on their way
+        options |= {"BLOCK_N": options["BLOCK_N"] // 2, "BLOCK_K": 32, "num_stages": 3}
         options.pop("maxnreg", None)
+    held = features // options["BLOCK_K"] if number * features <= resident else 0
     vec_d, strides = layout(x.rows, y.rows, size=D)
     vec_s = width(S.element_size(), A)
     blocks = B * triton.cdiv(Q, options["BLOCK_M"])
