@@ -17,6 +17,8 @@ from .launches import LAUNCHES, Sample, samples, served
 # More than one tile in most directions, and no multiple of a tile; rows start at a multiple of 16 bytes,
 # which the samples vary.
 PAIRS = {"Q": 35, "A": 67, "M": 35, "N": 67, "D": 40, "V": 24}
+# Both sequences so long that rows are prepared.
+LONG = {"Q": 131, "A": 135, "D": 40}
 RECURRENT = {"H": 48, "B": 17}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def cases(arch: str, device: str) -> Iterator[tuple[str, Sample]]:
     """Every kernel of an architecture, with inputs that between them reach its branches."""
     for kernel in LAUNCHES:
-        shape = RECURRENT if kernel.startswith("lstm_") else PAIRS
+        shape = LONG if kernel == "pairwise_tiles_fwd" else PAIRS
+        if kernel.startswith("lstm_"):
+            shape = RECURRENT
         for dtype in DTYPES:
             for sample in samples(kernel, dtype, shape):
                 if kernel in config.entries(arch) and served(kernel, arch, sample):

@@ -23,6 +23,7 @@ from waiting import join, wait
 
 from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
+from gatematch.kernels import pairwise
 from gatematch.lstm import LSTM, LSTMCell, selection
 from gatematch.lstm.reference import lstm_cell_reference
 
@@ -71,6 +72,15 @@ def test_kernels_are_exact_at_every_distance(dtype, D, with_lengths):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_common_offset_changes_nothing(dtype, offset):
     check_attention(*rows_at_distances(50, dtype, offset, "cuda"))
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize("D", [50, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepared_rows_are_exact_at_every_distance(dtype, D, offset, monkeypatch):
+    monkeypatch.setattr(pairwise, "PREPARED", 1)
+    q, a = rows_at_distances(D, dtype, offset, "cuda")
+    check_attention(q, a, lengths_of(q, a))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
