@@ -78,25 +78,37 @@ def fitted(
     tile: config.Config, HP: int, precision: str, arch: str, backward: bool = False
 ) -> dict[str, int | bool]:
     """The options of a launch, with units and chunks of columns that divide HP."""
-    chunk, resident = tile.blocks["BLOCK_K"], tile.blocks["RESIDENT"]
+    BLOCK_H, BLOCK_B, warps = height(tile, HP, backward), tile.blocks["BLOCK_B"], tile.num_warps
+    chunk, ahead, resident = (tile.blocks[name] for name in ("BLOCK_K", "AHEAD", "RESIDENT"))
     if precision == "tf32x3":
-        # Its operands are there twice, rounded and what that left.
-        chunk, resident = chunk // 2, resident // 2
+        # Its operands are there twice, rounded and what that left: half of the units, or else of the columns.
+        BLOCK_B = min(BLOCK_B, 32)
+        if BLOCK_H > 16:
+            BLOCK_H //= 2
+        else:
+            chunk, resident = chunk // 2, resident // 2
         if arch.startswith(("sm_10", "sm_11")):
             # The compiler would keep W in registers and copy it to tensor memory in each step.
             resident = 0
     chunk = min(chunk, HP & -HP)
+    if precision == "tf32x3" and resident < HP:
+        # Both parts of what is read again pass through registers: short chunks, more of them on their way, and
+        # backward, which needs more, one fewer that stays.
+        chunk, ahead = min(chunk, 32), ahead * max(chunk // 32, 1)
+        if backward and BLOCK_B > 16:
+            resident = max(resident - chunk, 0)
     resident = min(resident, HP) // chunk * chunk
-    BLOCK_H = height(tile, HP, backward)
     # Where a product adds to another one, wgmma is not taken unless each warp has 16 rows of its own.
-    warps = tile.num_warps if resident == chunk == HP else min(tile.num_warps, max(BLOCK_H // 4, 4))
+    if not resident == chunk == HP:
+        warps = min(warps, max(BLOCK_H // 4, 4))
     return {
         **tile.options,
         "num_warps": warps,
         "BLOCK_H": BLOCK_H,
+        "BLOCK_B": BLOCK_B,
         "BLOCK_K": chunk,
         "RESIDENT": resident,
-        "AHEAD": min(tile.blocks["AHEAD"], resident // chunk),
+        "AHEAD": min(ahead, resident // chunk),
         "launch_cooperative_grid": True,
     }
 
