@@ -142,7 +142,12 @@ def _sides(sample: Sample) -> tuple[Side, Side]:
 
 def _pairwise_prepare(sample: Sample) -> Launch:
     x, lengths = sample.rows("M"), sample.lengths("M")
-    return lambda: prepare(x, x, lengths, lengths, sample.precision)[0].pointers[2:]
+
+    def launch() -> tuple[Tensor | None, ...]:
+        side, _ = prepare(x, x, lengths, lengths, sample.precision)
+        return side.copy, side.squares[:, : x.shape[1]]  # past the rows they are infinite
+
+    return launch
 
 
 def _pairwise_stream_fwd(sample: Sample) -> Launch:
