@@ -34,7 +34,7 @@ from .results import describe_machine, read_results, write_results
 
 CORES = os.cpu_count() or 1
 # Each has a context of its own on the device.
-PROCESSES = min(CORES, 12)
+PROCESSES = min(CORES, 16)
 # Seconds between asking a stage to end and ending it, and after which a test prints where it is.
 GRACE, PATIENCE = 10.0, 120.0
 

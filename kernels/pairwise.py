@@ -276,8 +276,8 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 def _runs(blocks: int, columns: int, device: torch.device) -> int:
     """Into how many runs each block of rows is split: so that all processors are busy, and to the end."""
     occupied = max(2 * multiprocessors(device) // blocks, 1)
-    balanced = min(triton.cdiv(8 * multiprocessors(device), blocks), columns // LONG)
-    return min(max(occupied, balanced), triton.cdiv(columns, SHORT))
+    balanced = min(-(-8 * multiprocessors(device) // blocks), columns // LONG)
+    return min(max(occupied, balanced), -(-columns // SHORT))
 
 
 def attention_forward(
@@ -313,7 +313,7 @@ def attention_forward(
     x, y = rows(q), rows(a)
     vec_d, strides = layout(x, y, size=D)
     vec_s = width(S.element_size(), A)
-    blocks = B * triton.cdiv(Q, options["BLOCK_M"])
+    blocks = B * -(-Q // options["BLOCK_M"])
     runs = _runs(blocks, A, q.device)
     with torch.cuda.device_of(q):
         pairwise_fwd[programs(blocks * runs)](

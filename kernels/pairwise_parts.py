@@ -253,8 +253,8 @@ def parts_of(
 
 def _empty(x: Tensor, lengths: Tensor | None, scale: Tensor | None, number: int) -> Parts:
     B, M, D = x.shape
-    length = triton.cdiv(M, ROWS.value) * ROWS.value
-    features = triton.cdiv(D, FEATURES.value) * FEATURES.value
+    length = -(-M // ROWS.value) * ROWS.value
+    features = -(-D // FEATURES.value) * FEATURES.value
     parts = x.new_empty(B, length, number, features, dtype=torch.float16)
     squares = x.new_empty(B, length, dtype=torch.float32)
     prints = x.new_empty(B, 2, length, dtype=torch.int32)

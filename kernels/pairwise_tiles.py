@@ -242,8 +242,8 @@ def pairwise_tiles_fwd(
 def runs_of(blocks: int, columns: int, device: torch.device) -> int:
     """Into how many runs each block of rows is split: so that all processors are busy, and to the end."""
     occupied = max(2 * multiprocessors(device) // blocks, 1)
-    balanced = min(triton.cdiv(8 * multiprocessors(device), blocks), columns // LONG)
-    return min(max(occupied, balanced), triton.cdiv(columns, SHORT))
+    balanced = min(-(-8 * multiprocessors(device) // blocks), columns // LONG)
+    return min(max(occupied, balanced), -(-columns // SHORT))
 
 
 def tiles_forward(x: Parts, y: Parts, S: Tensor, W: Tensor | None) -> None:
@@ -259,7 +259,7 @@ def tiles_forward(x: Parts, y: Parts, S: Tensor, W: Tensor | None) -> None:
     held = features // options["BLOCK_K"] if number * features <= resident else 0
     vec_d, strides = layout(x.rows, y.rows, size=D)
     vec_s = width(S.element_size(), A)
-    blocks = B * triton.cdiv(Q, options["BLOCK_M"])
+    blocks = B * -(-Q // options["BLOCK_M"])
     runs = runs_of(blocks, A, S.device)
     with torch.cuda.device_of(S):
         pairwise_tiles_fwd[programs(blocks * runs)](
