@@ -92,8 +92,8 @@ def fitted(
             resident = 0
     chunk = min(chunk, HP & -HP)
     if precision == "tf32x3" and resident < HP:
-        # Both parts of what is read again pass through registers: short chunks, more of them on their way, and
-        # backward, which needs more, one fewer that stays.
+        # Both parts of what is read again pass through registers: short chunks, more of them on their way,
+        # and backward, which needs more, one fewer that stays.
         chunk, ahead = min(chunk, 32), ahead * max(chunk // 32, 1)
         if backward and BLOCK_B > 16:
             resident = max(resident - chunk, 0)
