@@ -7,6 +7,7 @@ does, which may be more exact than the rows that came in.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,15 +25,8 @@ from gatematch.kernels.autograd import (
 )
 from gatematch.kernels.precision import library_products
 
-from .ops import (
-    Lengths,
-    attend_backward_op,
-    attend_op,
-    attention_backward_op,
-    attention_op,
-    sums_backward_op,
-    sums_op,
-)
+from . import ops
+from .ops import Lengths
 from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
 
@@ -44,7 +38,7 @@ def attention(
     if may_be_differentiated(q, a):
         S = PairwiseAttention.apply(*distinct(q, a, q_lengths, a_lengths), impl, precision)[0]
     else:
-        S = attention_op(q, a, q_lengths, a_lengths, impl, precision, False)[0]
+        S = ops.attention(q, a, q_lengths, a_lengths, impl, precision, False)[0]
     return S
 
 
@@ -62,7 +56,7 @@ def attend(
         tensors = distinct(q, a, v, q_lengths, a_lengths)
         O, _ = PairwiseAttend.apply(*tensors, normalize, impl, precision)
     else:
-        O, _ = attend_op(q, a, v, q_lengths, a_lengths, normalize, impl, precision)
+        O, _ = ops.attend(q, a, v, q_lengths, a_lengths, normalize, impl, precision)
     return O.to(v.dtype)
 
 
@@ -72,7 +66,7 @@ def sums(
     if may_be_differentiated(q, a):
         r, c = PairwiseSums.apply(*distinct(q, a, q_lengths, a_lengths), impl, precision)
     else:
-        r, c = sums_op(q, a, q_lengths, a_lengths, impl, precision)
+        r, c = ops.sums(q, a, q_lengths, a_lengths, impl, precision)
     return r.to(q.dtype), c.to(q.dtype)
 
 
@@ -110,17 +104,20 @@ class PairwiseAttention(torch.autograd.Function):
     def forward(
         q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return attention_op(q, a, q_lengths, a_lengths, impl, precision, True)
+        return ops.attention(q, a, q_lengths, a_lengths, impl, precision, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, a, q_lengths, a_lengths, ctx.impl, ctx.precision = inputs
         _, W, centre = output
         ctx.mark_non_differentiable(W, centre)
+        ctx.set_materialize_grads(False)  # zeros for W, which are as large as S
         ctx.save_for_backward(q, a, W, centre, q_lengths, a_lengths)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any) -> Grads:
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Grads:
+        if g is None:
+            return (None,) * 6
         q, a, W, centre, *lengths = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         call = (q, a, W, centre, g, *lengths, ctx.impl, ctx.precision, wanted)
@@ -136,7 +133,7 @@ class PairwiseAttention(torch.autograd.Function):
 class PairwiseAttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return attention_backward_op(*args[:-1], list(args[-1]))
+        return ops.attention_backward(*args[:-1], list(args[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -170,18 +167,21 @@ class PairwiseAttend(torch.autograd.Function):
         impl: str,
         precision: str,
     ) -> tuple[Tensor, Tensor]:
-        return attend_op(q, a, v, q_lengths, a_lengths, normalize, impl, precision)
+        return ops.attend(q, a, v, q_lengths, a_lengths, normalize, impl, precision)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, a, v, q_lengths, a_lengths, normalize, ctx.impl, ctx.precision = inputs
         O, r = output
         ctx.mark_non_differentiable(r)
+        ctx.set_materialize_grads(False)
         # Only a normalised O is needed again.
         ctx.save_for_backward(q, a, v, O if normalize else r, r, q_lengths, a_lengths)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any) -> Grads:
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Grads:
+        if g is None:
+            return (None,) * 8
         q, a, v, O, r, *lengths = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         call = (q, a, v, O, r, g, *lengths, ctx.impl, ctx.precision, wanted)
@@ -197,7 +197,7 @@ class PairwiseAttend(torch.autograd.Function):
 class PairwiseAttendBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return attend_backward_op(*args[:-1], list(args[-1]))
+        return ops.attend_backward(*args[:-1], list(args[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -226,7 +226,7 @@ class PairwiseSums(torch.autograd.Function):
     def forward(
         q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str
     ) -> tuple[Tensor, Tensor]:
-        return sums_op(q, a, q_lengths, a_lengths, impl, precision)
+        return ops.sums(q, a, q_lengths, a_lengths, impl, precision)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -250,7 +250,7 @@ class PairwiseSums(torch.autograd.Function):
 class PairwiseSumsBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return sums_backward_op(*args[:-1], list(args[-1]))
+        return ops.sums_backward(*args[:-1], list(args[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -270,3 +270,15 @@ class PairwiseSumsBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         batch_in = (*[0] * 6, None, None, None)
         return vmapped(PairwiseSumsBackward.apply, info.batch_size, in_dims, args, batch_in, (0, 0))
+
+
+# `apply` asks for the signature in every call, and finds it there: to work it out takes as long as the rest.
+for _function in (
+    PairwiseAttention,
+    PairwiseAttentionBackward,
+    PairwiseAttend,
+    PairwiseAttendBackward,
+    PairwiseSums,
+    PairwiseSumsBackward,
+):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

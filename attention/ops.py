@@ -1,19 +1,23 @@
 """Pairwise attention as PyTorch ops ``torch.ops.gatematch.pairwise_*``, opaque to torch.compile.
 
 `impl` says who computes: "torch" (`by_torch.py`) on any device and in any dtype, or "triton"
-(`by_triton.py`). They know nothing of autograd: see `autograd.py`.
+(`by_triton.py`). They know nothing of autograd: see `autograd.py`, which calls them by the functions at the
+end: those go by the dispatcher only where somebody has to be told of an op.
 
 Shapes: q (B, Q, D), a (B, A, D), v (B, A, V), S (B, Q, A), lengths (B,). What an op leaves out is empty.
 """
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from gatematch.kernels.autograd import (
+    called_directly,
     fake_gradients,
     only,
     or_empty,
@@ -26,6 +30,7 @@ from . import by_torch
 Lengths = Tensor | None
 
 
+@functools.cache
 def _by(impl: str) -> ModuleType:
     if impl == "torch":
         return by_torch
@@ -35,14 +40,16 @@ def _by(impl: str) -> ModuleType:
     return by_triton
 
 
-@custom_op("gatematch::pairwise_attention", mutates_args=())
-def attention_op(
+def _attention(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S, and if `save` what "triton" needs for backward: W (B, Q, A up to a multiple of 8), centre (B, D)."""
     refuse_forward_mode()
     S, W, centre = _by(impl).attention(q, a, q_lengths, a_lengths, precision, save)
     return S, or_empty(W, q), or_empty(centre, q)
+
+
+attention_op = custom_op("gatematch::pairwise_attention", _attention, mutates_args=())
 
 
 @attention_op.register_fake
@@ -58,8 +65,7 @@ def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(B, Q, A), or_empty(W, q), or_empty(centre, q)
 
 
-@custom_op("gatematch::pairwise_attention_backward", mutates_args=())
-def attention_backward_op(
+def _attention_backward(
     q: Tensor,
     a: Tensor,
     W: Tensor,
@@ -78,13 +84,17 @@ def attention_backward_op(
     return or_empty(dq, q), or_empty(da, a)
 
 
+attention_backward_op = custom_op(
+    "gatematch::pairwise_attention_backward", _attention_backward, mutates_args=()
+)
+
+
 @attention_backward_op.register_fake
 def _(q: Tensor, a: Tensor, *others: Any) -> Any:
     return fake_gradients((q, a), others[-1])
 
 
-@custom_op("gatematch::pairwise_attend", mutates_args=())
-def attend_op(
+def _attend(
     q: Tensor,
     a: Tensor,
     v: Tensor,
@@ -103,6 +113,9 @@ def attend_op(
     return O, or_empty(r, q)
 
 
+attend_op = custom_op("gatematch::pairwise_attend", _attend, mutates_args=())
+
+
 @attend_op.register_fake
 def _(
     q: Tensor, a: Tensor, v: Tensor, q_lengths: Lengths, a_lengths: Lengths, normalize: bool, *others: Any
@@ -112,8 +125,7 @@ def _(
     return O, or_empty(q.new_empty(q.shape[:2], dtype=exact) if normalize else None, q)
 
 
-@custom_op("gatematch::pairwise_attend_backward", mutates_args=())
-def attend_backward_op(
+def _attend_backward(
     q: Tensor,
     a: Tensor,
     v: Tensor,
@@ -133,18 +145,23 @@ def attend_backward_op(
     return or_empty(dq, q), or_empty(da, a), or_empty(dv, v)
 
 
+attend_backward_op = custom_op("gatematch::pairwise_attend_backward", _attend_backward, mutates_args=())
+
+
 @attend_backward_op.register_fake
 def _(q: Tensor, a: Tensor, v: Tensor, *others: Any) -> Any:
     return fake_gradients((q, a, v), others[-1])
 
 
-@custom_op("gatematch::pairwise_sums", mutates_args=())
-def sums_op(
+def _sums(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Row sums (B, Q) and column sums (B, A) of S, in float32 at least."""
     refuse_forward_mode()
     return _by(impl).sums(q, a, q_lengths, a_lengths, precision)
+
+
+sums_op = custom_op("gatematch::pairwise_sums", _sums, mutates_args=())
 
 
 @sums_op.register_fake
@@ -153,8 +170,7 @@ def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape[:2], dtype=exact), q.new_empty(a.shape[:2], dtype=exact)
 
 
-@custom_op("gatematch::pairwise_sums_backward", mutates_args=())
-def sums_backward_op(
+def _sums_backward(
     q: Tensor,
     a: Tensor,
     g_rows: Tensor,
@@ -172,6 +188,22 @@ def sums_backward_op(
     return or_empty(dq, q), or_empty(da, a)
 
 
+sums_backward_op = custom_op("gatematch::pairwise_sums_backward", _sums_backward, mutates_args=())
+
+
 @sums_backward_op.register_fake
 def _(q: Tensor, a: Tensor, *others: Any) -> Any:
     return fake_gradients((q, a), others[-1])
+
+
+def _called(op: CustomOpDef, function: Callable[..., Any]) -> Callable[..., Any]:
+    """What calls the op, or the function itself that it is made of."""
+    return lambda *args: (function if called_directly(*args) else op)(*args)
+
+
+attention = _called(attention_op, _attention)
+attention_backward = _called(attention_backward_op, _attention_backward)
+attend = _called(attend_op, _attend)
+attend_backward = _called(attend_backward_op, _attend_backward)
+sums = _called(sums_op, _sums)
+sums_backward = _called(sums_backward_op, _sums_backward)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 Grads = tuple[Tensor | None, ...]
 # Of autograd.grad's own vmap, which is never inside another. Only the thread that called autograd.grad counts
@@ -29,6 +30,21 @@ _LEVEL = 1
 def transformed() -> bool:
     """Whether ``torch.func`` is at work, outside of what is compiled."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def called_directly(*args: Any) -> bool:
+    """Whether nobody has to be told of an op: no mode, no compiler, no subclass among the tensors.
+
+    Then the function itself is called. On the way through the dispatcher a host takes longer than a GPU for a
+    single step.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_tracing()
+        and not transformed()
+        and all(type(x) in (Tensor, Parameter) for x in args if isinstance(x, Tensor))
+    )
 
 
 def forward_mode() -> bool:

@@ -16,7 +16,7 @@ from pairwise_contract import (
 )
 from pairwise_ops import OPS, opcheck_case
 
-from gatematch.attention import autograd, ops, pairwise_attend, pairwise_attention, pairwise_sums
+from gatematch.attention import ops, pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
 from gatematch.kernels import distance, pairwise, pairwise_bwd_near, pairwise_stream
 
@@ -321,8 +321,8 @@ def test_compiled():
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
     saves = []
-    op = autograd.attention_op
-    monkeypatch.setattr(autograd, "attention_op", lambda *args: saves.append(args[-1]) or op(*args))
+    attention = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args: saves.append(args[-1]) or attention(*args))
     q = torch.randn(1, 5, 20, requires_grad=True)
     pairwise_attention(q, q, impl="triton")
     with torch.no_grad():
