@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -220,15 +221,23 @@ def _backward_of(kernels: ModuleType) -> Callable[[Sample], Launch]:
 
 
 def _lstm_step_fwd(sample: Sample) -> Launch:
-    """A sequence, and a step of the cell, without biases where there is nothing to train."""
+    """A sequence, and a step of the cell; where there is nothing to train without biases, and of a layer."""
     sequence, x = _forward_of(lstm_step)(sample), _Sequence.of(sample)
     H = sample.shape["H"]
-    biases = (sample.normal(4 * H), sample.normal(4 * H)) if sample.training else (None, None)
-    cell = x.h_0[1], x.weights[0], x.weights[1], *biases, x.h_0[0], x.c_0[0]
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    if sample.training:
+        biases = sample.normal(4 * H), sample.normal(4 * H)
+    cell = x.h_0[1], x.weights[0], x.weights[1], *biases
+    options: dict[str, Any] = {"precision": sample.precision, "save": sample.training}
 
     def launch() -> tuple[Tensor | None, ...]:
-        step = lstm_step.cell_forward(*cell, precision=sample.precision, save=sample.training)
-        return *sequence(), *step
+        step = lstm_step.cell_forward(*cell, x.h_0[0], x.c_0[0], **options)
+        if sample.training:
+            return *sequence(), *step
+        h_n = torch.empty_like(x.h_0[0])
+        first = lstm_step.cell_forward(*cell, None, None, **options, h_n=h_n)
+        later = lstm_step.cell_forward(*cell, x.h_0[0], x.c_0[0], **options, h_n=h_n)
+        return *sequence(), *step, *first, *later, h_n
 
     return launch
 

@@ -77,11 +77,11 @@ def multiprocessors(device: torch.device) -> int:
     return 132
 
 
-def programs(number: int) -> tuple[int]:
+def programs(number: int) -> tuple[int, int, int]:
     """A flat grid."""
     if number >= 2**31:
         raise ValueError(f"q and a must need fewer than 2**31 tiles; got {number}: split the batch")
-    return (number,)
+    return number, 1, 1
 
 
 def launch_steps(
@@ -116,3 +116,34 @@ def launch_steps(
         for s in steps[2:]:
             values[at] = s
             launch(*values)
+
+
+# Compiled programs, by the kernel and all that its arguments decide of them.
+_programs: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)` in a fifth of the time, for a kernel that is over sooner.
+
+    None of its numbers may be specialised on: then its program depends on the dtypes of its tensors, on
+    whether they are there and start at a multiple of 16 bytes, and on what is compiled in.
+    """
+    key: list[Any] = [kernel.fn, *options.values()]
+    values = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            key += (x.dtype, address % 16 == 0, x.get_device())
+            values.append(address)
+        else:
+            key.append(x is None)
+            values.append(x)
+    program = _programs.get(tuple(key))
+    if program is not None:
+        program[grid](*values, *(options[name] for name in kernel.arg_names[len(values) :]))
+    elif torch.version.hip is None:
+        found = kernel[grid](*arguments, **options)
+        if found is not None:  # not where kernels are interpreted
+            _programs[tuple(key)] = found
+    else:  # there it depends on the sizes of its tensors, too
+        kernel[grid](*arguments, **options)

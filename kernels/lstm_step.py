@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import launch_steps, product_precision, width
+from .launch import launch, launch_steps, product_precision, width
 from .numerics import as_multiplied
 from .recurrence import ends, first_rows, load_gates, split_gates, store_gates, update, update_gradient
 
@@ -58,8 +58,8 @@ def lstm_step_fwd(
 ):  # fmt: skip
     """Step s of BLOCK_H units of BLOCK_B rows in one direction.
 
-    h_ptr: h_0 in step 0, then y. Either z is given, or x, w_ih and perhaps the biases are, and there is one
-    step. H and I are in units of VEC_H and VEC_I.
+    h_ptr: h_0 in step 0, then y; h and c are 0 before the first step where they are not given. Either z is
+    given, or x, w_ih and perhaps the biases are, and there is one step. H and I: in units of VEC_H and VEC_I.
     """
     H *= VEC_H
     I *= VEC_I
@@ -81,7 +81,9 @@ def lstm_step_fwd(
     r = tl.arange(0, 4 * BLOCK_H)
     w_row = (r // BLOCK_H) * H + u0 + r % BLOCK_H
     in_w = u0 + r % BLOCK_H < H
-    c = tl.load(c_0_ptr + state, live & (s == 0), other=0.0).to(tl.float32)
+    c = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+    if c_0_ptr is not None:
+        c = tl.load(c_0_ptr + state, live & (s == 0), other=0.0).to(tl.float32)
     if c_ptr is not None:
         c = tl.where(s == 0, c, tl.load(c_ptr + state, live & (s > 0), other=0.0))
     z = tl.zeros((4 * BLOCK_H, BLOCK_B), tl.float32)
@@ -96,9 +98,10 @@ def lstm_step_fwd(
         z = add_product(
             z, w_ih_ptr + w_row.to(tl.int64) * I, in_w, x_ptr + b.to(tl.int64) * I, going, I, PREC, BLOCK_K
         )
-    w_ptr = tl.where(d == 0, w_ptr, w_reverse_ptr)
-    h_row = h_ptr + tl.where(s == 0, (d * B + b).to(tl.int64), (row - step) * N + d) * H
-    z = add_product(z, w_ptr + w_row.to(tl.int64) * H, in_w, h_row, going, H, PREC, BLOCK_K)
+    if h_ptr is not None:
+        w_ptr = tl.where(d == 0, w_ptr, w_reverse_ptr)
+        h_row = h_ptr + tl.where(s == 0, (d * B + b).to(tl.int64), (row - step) * N + d) * H
+        z = add_product(z, w_ptr + w_row.to(tl.int64) * H, in_w, h_row, going, H, PREC, BLOCK_K)
     if z_ptr is not None:
         z += added
     if b_ih_ptr is not None:
@@ -301,24 +304,29 @@ def cell_forward(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-    h: Tensor,
-    c: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
     *,
     precision: str,
     save: bool,
+    h_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h and c after one step and, if `save`, its gates (B, 4H). All contiguous; both biases or none."""
-    (B, H), I = h.shape, x.shape[1]
+    """h and c after one step, from 0 without h and c, and, if `save`, its gates (B, 4H). h is stored in h_n,
+    too. All contiguous; both biases or none, both states or none."""
+    (B, I), H = x.shape, weight_hh.shape[1]
     arch = config.architecture(x.device)
     tile = config.choose("lstm_step_fwd", arch, x.dtype, {"H": H, "B": B})
-    h_next, c_next = torch.empty_like(h), torch.empty_like(c)
-    gates = h.new_empty(B, 4 * H) if save else None
-    vec_h, vec_i = width(h.element_size(), H), width(x.element_size(), I)
+    h_next, c_next = x.new_empty(B, H), x.new_empty(B, H)
+    gates = x.new_empty(B, 4 * H) if save else None
+    vec_h, vec_i = width(x.element_size(), H), width(x.element_size(), I)
+    arguments = (
+        None, x, weight_ih, bias_ih, bias_hh, weight_hh, weight_hh, h, c, None,
+        None, h_next, h_n, c_next, gates, None,
+        0, 1, 1, B, H // vec_h, I // vec_i,
+    )  # fmt: skip
     with torch.cuda.device_of(x):
-        lstm_step_fwd[_grid(tile, 1, B, H)](
-            None, x, weight_ih, bias_ih, bias_hh, weight_hh, weight_hh, h, c, None,
-            None, h_next, None, c_next, gates, None,
-            0, 1, 1, B, H // vec_h, I // vec_i,
+        launch(
+            lstm_step_fwd, _grid(tile, 1, B, H), arguments,
             VEC_H=vec_h, VEC_I=vec_i, PREC=product_precision(x.dtype, precision, arch),
             **_options(tile, vec_h, vec_i),
         )  # fmt: skip

@@ -170,9 +170,13 @@ def run(
         batch_first = False
         x = x.unsqueeze(1)
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+    by_kernels = takes_kernels(x, impl) and x.numel() > 0
+    if by_kernels and lengths is None and not (return_cells or unbatched):
+        single = stack.single_step(x, weights, spec, hx, 1 if batch_first else 0, impl)
+        if single is not None:
+            return single
     if hx is None:
         hx = _zero_state(x, spec, x.shape[0 if batch_first else 1])
-    by_kernels = takes_kernels(x, impl) and x.numel() > 0
     by_ops = by_kernels or takes_ops()
     packing = None
     # Cell states come from the reference, which needs the packing only to draw dropout as the fused op does.

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.nn import Parameter
 
 from gatematch.kernels.autograd import (
+    called_directly,
     fake_gradients,
     no_autocast,
     or_empty,
     refuse_forward_mode,
     refuse_tangents,
-    transformed,
 )
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 
@@ -36,21 +35,6 @@ def _kernels() -> Any:
     from . import layer
 
     return layer, lstm_step
-
-
-def _called_directly(*tensors: Tensor | None) -> bool:
-    """Whether nobody has to be told of an op: no mode, no compiler, no subclass.
-
-    Then the function itself is called. On the way through the dispatcher a host takes longer than a GPU for a
-    single step.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_tracing()
-        and not transformed()
-        and all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
-    )
 
 
 def _layer(
@@ -146,6 +130,22 @@ def _cell(
     return h_next, c_next, or_empty(gates, x)
 
 
+def single_step(
+    x: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, H), h_n and c_n (1, B, H) of a layer's only step, in one launch; x (B, I). No op: for a call of
+    which nobody has to be told."""
+    layer, lstm_step = _kernels()
+    x, weight_ih, weight_hh, *biases = (tensor.contiguous() for tensor in (x, *weights))
+    bias_ih, bias_hh = biases or (None, None)
+    h, c = (None, None) if hx is None else (hx[0].contiguous(), hx[1].contiguous())
+    h_n = x.new_empty(1, x.shape[0], weight_hh.shape[1])  # y and h_n do not share memory
+    y, c_n, _ = lstm_step.cell_forward(
+        x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, precision=layer.precision(), save=False, h_n=h_n
+    )
+    return y, h_n, c_n.unsqueeze(0)
+
+
 cell_op = custom_op("gatematch::lstm_cell", _cell, mutates_args=())
 
 
@@ -204,24 +204,24 @@ def layer(
     save: bool,
 ) -> tuple[Tensor, ...]:
     """`layer_op`, or what it calls."""
-    direct = impl != "torch" and _called_directly(x, h_0, c_0, lengths, *weights)
+    direct = impl != "torch" and called_directly(x, h_0, c_0, lengths, *weights)
     return (_layer if direct else layer_op)(x, h_0, c_0, lengths, weights, projected, impl, save)
 
 
 def layer_backward(*args: Any) -> list[Tensor]:
     """`layer_backward_op`, or what it calls."""
     x, h_0, c_0, lengths, weights, *others = args
-    direct = others[-2] != "torch" and _called_directly(x, h_0, c_0, lengths, *weights, *others[:8])
+    direct = others[-2] != "torch" and called_directly(x, h_0, c_0, lengths, *weights, *others[:8])
     return (_layer_backward if direct else layer_backward_op)(*args)
 
 
 def cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`cell_op`, or what it calls."""
-    return (_cell if _called_directly(x, h, c, *weights) else cell_op)(x, h, c, weights, save)
+    return (_cell if called_directly(x, h, c, *weights) else cell_op)(x, h, c, weights, save)
 
 
 def cell_backward(*args: Any) -> list[Tensor]:
     """`cell_backward_op`, or what it calls."""
     x, h, c, weights, *saved, _ = args
-    direct = _called_directly(x, h, c, *weights, *saved)
+    direct = called_directly(x, h, c, *weights, *saved)
     return (_cell_backward if direct else cell_backward_op)(*args)

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gatematch.kernels.autograd import no_autocast
+from gatematch.kernels.autograd import called_directly, may_be_differentiated, no_autocast
 
-from . import autograd
+from . import autograd, ops
 from .checks import Spec, State
 from .reference import drop
+
+# Whose single steps the kernel of a cell takes.
+_BY_CELL = ("auto", "triton", "step")
 
 
 def layers(
@@ -45,10 +48,7 @@ def layers(
     h_n, c_n = [], []
     cells = None
     by_cell = (
-        impl in ("auto", "triton", "step")
-        and lengths is None
-        and not (spec.proj_size or return_cells)
-        and x.shape[0] == 1
+        impl in _BY_CELL and lengths is None and not (spec.proj_size or return_cells) and x.shape[0] == 1
     )
     with no_autocast(x):
         for layer in range(spec.num_layers):
@@ -74,6 +74,24 @@ def layers(
         if spec.num_layers == 1:
             return x, h_n[0], c_n[0], cells
         return x, torch.cat(h_n), torch.cat(c_n), cells
+
+
+def single_step(
+    x: Tensor, weights: list[Tensor], spec: Spec, hx: State | None, time: int, impl: str
+) -> tuple[Tensor, State] | None:
+    """y and the states of a layer that has one direction and one step, and of which no gradient is wanted, by
+    one launch and nothing else; None if that is not the call. `time` is the dimension of x (T, B, I) or
+    (B, T, I)."""
+    if x.shape[time] != 1 or impl not in _BY_CELL:
+        return None
+    if spec.num_layers > 1 or spec.bidirectional or spec.proj_size:
+        return None
+    tensors = (x, *weights) if hx is None else (x, *hx, *weights)
+    plain = not torch.is_autocast_enabled(x.device.type) and called_directly(*tensors)
+    if not plain or may_be_differentiated(*tensors):
+        return None
+    y, h_n, c_n = ops.single_step(x.squeeze(time), hx, weights)
+    return y.unsqueeze(time), (h_n, c_n)
 
 
 def _single_step(x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from gatematch.kernels import config, lstm_step
+from gatematch.kernels import config, launch, lstm_step
 
 T, B, H = 5, 2, 16
 
@@ -76,3 +76,34 @@ def test_without_a_program_every_launch_is_an_ordinary_one(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: steps.append(args[-6]))
     forward(T)
     assert steps == list(range(T))
+
+
+def cell(dtype=torch.float32, offset=0, biased=True, size=H, state=True):
+    def tensor(*shape):
+        return torch.randn(offset + torch.Size(shape).numel())[offset:].view(shape).to(dtype)
+
+    biases = (tensor(4 * size), tensor(4 * size)) if biased else (None, None)
+    states = (tensor(B, size), tensor(B, size)) if state else (None, None)
+    call = tensor(B, size), tensor(4 * size, size), tensor(4 * size, size), *biases, *states
+    return call, lstm_step.cell_forward(*call, precision="float32", save=False)
+
+
+def test_a_cell_is_launched_by_the_program_that_triton_found_for_its_like(launched, monkeypatch):
+    monkeypatch.setattr(launch, "_programs", {})
+    ordinary, launches = launched
+    cell()
+    assert len(ordinary) == 1 and not launches
+    call, (h, c, _) = cell()
+    ((grid, args),) = launches
+    assert len(ordinary) == 1 and grid == ordinary[0][0]
+    named = dict(zip(lstm_step.lstm_step_fwd.arg_names, args, strict=True))
+    names = ("x_ptr", "w_ih_ptr", "w_ptr", "b_ih_ptr", "b_hh_ptr", "h_ptr", "c_0_ptr", "y_ptr", "c_n_ptr")
+    assert [named[name] for name in names] == [x.data_ptr() for x in (*call, h, c)]
+    assert all(named[name] == value for name, value in ordinary[0][1].items() if not name.endswith("_ptr"))
+    # What a program depends on: another dtype, another start, what is there, what is compiled in.
+    for other in ({"dtype": torch.float16}, {"offset": 1}, {"biased": False}, {"state": False}, {"size": 17}):
+        found = len(ordinary)
+        cell(**other)
+        assert len(ordinary) == found + 1, other
+        cell(**other)
+        assert len(ordinary) == found + 1, other

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from triton.runtime.errors import InterpreterError, OutOfResources
 
 from gatematch.bench.launches import launched_with
-from gatematch.kernels import config, lstm_persistent, lstm_resident
+from gatematch.kernels import config, lstm_persistent, lstm_resident, lstm_step
 from gatematch.kernels import cooperative as launching
 from gatematch.lstm import LSTM, LSTMCell, ops, selection
 from gatematch.lstm.reference import cell_update, lstm_cell_reference
@@ -115,6 +115,28 @@ def test_cell(B, I, H, bias, dtype):
         assert got.dtype == dtype
         size = max(1.0, float(true.detach().abs().max()))
         assert largest_error(got, true) <= 6 * torch.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["a state", "no state"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("impl", ["triton", "step"])
+def test_a_single_step_without_gradients_is_one_launch(impl, batch_first, given, monkeypatch):
+    model = LSTM(5, 20, batch_first=batch_first, impl=impl)
+    x = torch.randn(3, 1, 5) if batch_first else torch.randn(1, 3, 5)
+    hx = (torch.randn(1, 3, 20), torch.randn(1, 3, 20)) if given else None
+    calls = []
+    forward = lstm_step.cell_forward
+    monkeypatch.setattr(lstm_step, "cell_forward", lambda *a, **o: calls.append(a) or forward(*a, **o))
+    with torch.no_grad():
+        y, (h_n, c_n) = model(x, hx)
+    assert len(calls) == 1 and (calls[0][5] is None) == (not given)
+    want, states = model(x, hx)  # with gradients: the op of a cell
+    model.impl = "torch"
+    theirs, their_states = model(x, hx)
+    for mine, recorded, peer in zip((y, h_n, c_n), (want, *states), (theirs, *their_states), strict=True):
+        assert mine.shape == peer.shape and torch.equal(mine, recorded)
+        torch.testing.assert_close(mine, peer)
+    assert y.data_ptr() != h_n.data_ptr() and torch.equal(y.flatten(), h_n.flatten())
 
 
 def test_cell_with_one_gradient():
