@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import config
 from .distance import DIRECT, add_by_feature, length_of
-from .launch import MAX_STRIDE, layout, packed, programs, rows
+from .launch import MAX_STRIDE, launch, layout, packed, programs, rows
 from .pairwise_bwd_near import add_near
 from .pairwise_bwd_short import SHORT, short_gradients
 from .pairwise_slopes import far_slopes, kept_strides, load_pairs, of_pairs
@@ -105,7 +105,8 @@ def pairwise_bwd(
             y_at = y_ptr + b * stride_yb * VEC_D + j0 * stride_y
             total = (
                 add_by_feature(
-                    total[0], s, x_at, y_at, in_x, in_y, k, D, stride_x.to(tl.int32), stride_y.to(tl.int32),
+                    total[0],  # type: ignore[misc]
+                    s, x_at, y_at, in_x, in_y, k, D, stride_x.to(tl.int32), stride_y.to(tl.int32),
                     BLOCK_M, BLOCK_N,
                 ),
             )  # fmt: skip
@@ -165,7 +166,7 @@ def attention_gradients(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if wanted[0] else None
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if wanted[1] else None
     if B * Q * A == 0:
-        return tuple(None if dx is None else dx.zero_() for dx in (dq, da))
+        return None if dq is None else dq.zero_(), None if da is None else da.zero_()
     g = g if g.stride(2) == 1 and g.stride(1) < MAX_STRIDE else g.contiguous()
     q, a = rows(q), rows(a)
     lengths = packed(q_lengths), packed(a_lengths)
@@ -201,11 +202,13 @@ def _long_gradients(
             continue
         vec_g, g_strides = layout(g, size=M if of_a else N)
         copy, vec_c = (y, vec_d) if centre is None else (split_rows(y, y_lengths, centre), ALIGNED.value)
+        numbers = M, N, D // vec_d, *(strides[2:] + strides[:2] if of_a else strides)
+        of_copy = (stride // vec_c for stride in copy.stride()[:2])
         with torch.cuda.device_of(x):
-            pairwise_bwd[programs(blocks * tiles_k)](
-                x, y, copy, x_lengths, y_lengths, W, g, centre, found[of_a], dx,
-                M, N, D // vec_d, *(strides[2:] + strides[:2] if of_a else strides),
-                *(stride // vec_c for stride in copy.stride()[:2]), *of_pairs, *g_strides,
+            launch(
+                pairwise_bwd, programs(blocks * tiles_k),
+                (x, y, copy, x_lengths, y_lengths, W, g, centre, found[of_a], dx,
+                 *numbers, *of_copy, *of_pairs, *g_strides),
                 VEC_D=vec_d, VEC_C=vec_c, VEC_G=vec_g, FEW=few, TRANSPOSED=bool(of_a),
                 PARTS=1 if centre is None else 2, CHUNKS=-(-chunks // tiles_k), **options,
             )  # fmt: skip
