@@ -46,15 +46,17 @@ def check_layer(
     T, B, I, H, dtype, *, impl, N=2, L=1, P=0, bias=True, with_lengths=True, upstream=("y", "h_n", "c_n"),
     batch_first=False, device="cpu",
 ):  # fmt: skip
-    """Every result and gradient: at most twice torch.nn.LSTM's error, or 4 ulp of the largest value.
+    """Every result and gradient: at most twice torch.nn.LSTM's error and a rounding of the largest value, or 4
+    ulp of that.
 
-    With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. A result of few numbers,
-    each a sum of few, may cancel, in ours or in torch's: there the largest of several draws and of both
-    directions are compared. In float32 dx is one library product, of 4·H·N terms, and may be off
+    With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. Few numbers, or sums of
+    few that may cancel, are exact by chance, in ours or in torch's: there the largest of several draws and of
+    both directions are compared. In float32 dx is one library product, of 4·H·N terms, and may be off
     by twice what such a product is by itself: some CPUs' libraries add up one number after the other.
     """
     ours, theirs, sizes, peers = Counter(), Counter(), Counter(), []
-    for _ in range(1 if H >= 16 else 8 if B > 3 else 16):
+    few = 8 if B > 3 else 16
+    for _ in range(few if H < 16 else 4 if B == 1 else 1):
         got, want, peer = draw(
             T, B, I, H, dtype, impl, N, L, P, bias, with_lengths, upstream, batch_first, device
         )
@@ -74,7 +76,8 @@ def check_layer(
     if "dx" in wrong and dtype == torch.float32 and L == 1:
         theirs["dx"] = max(theirs["dx"], sizes["dx"] * product_error(T * B, 4 * H * N, I, device))
     for name in wrong:
-        assert ours[name] <= 2 * theirs[name], (name, ours[name], theirs[name], sizes[name])
+        rounding = torch.finfo(dtype).eps / 2 * sizes[name]
+        assert ours[name] <= 2 * theirs[name] + rounding, (name, ours[name], theirs[name], sizes[name])
 
 
 def product_error(n, k, m, device):
