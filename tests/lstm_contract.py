@@ -46,8 +46,8 @@ def check_layer(
     T, B, I, H, dtype, *, impl, N=2, L=1, P=0, bias=True, with_lengths=True, upstream=("y", "h_n", "c_n"),
     batch_first=False, device="cpu",
 ):  # fmt: skip
-    """Every result and gradient: at most twice torch.nn.LSTM's error and a rounding of the largest value, or 4
-    ulp of that.
+    """Every result and gradient: at most twice torch.nn.LSTM's error and a rounding of the largest value, or
+    4 ulp of that.
 
     With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. Few numbers, or sums of
     few that may cancel, are exact by chance, in ours or in torch's: there the largest of several draws and of
