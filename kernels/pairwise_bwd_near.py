@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import config
 from .distance import add_to_rows, differences, length_of, near_words, pick
-from .launch import layout, multiprocessors, product_precision, programs
+from .launch import launch, layout, multiprocessors, product_precision, programs
 from .pairwise_slopes import kept_strides, load_pairs, of_pairs
 from .pairwise_split import ALIGNED
 
@@ -173,9 +173,10 @@ def add_near(
     # An odd step from block to block: it takes a program to other rows in every sequence.
     groups = min(PROGRAMS * multiprocessors(q.device) // each | 1, blocks)
     with torch.cuda.device_of(q):
-        pairwise_bwd_near[programs(groups * each)](
-            q, a, q_lengths, a_lengths, W, g, of_q, of_a, dq, da,
-            groups, B, Q, A, D // vec_d, *strides, *kept_strides(W), *g_strides,
+        launch(
+            pairwise_bwd_near, programs(groups * each),
+            (q, a, q_lengths, a_lengths, W, g, of_q, of_a, dq, da,
+             groups, B, Q, A, D // vec_d, *strides, *kept_strides(W), *g_strides),
             VEC_D=vec_d, VEC_G=vec_g, PREC=product_precision(q.dtype, precision, arch),
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **tile.options,
         )  # fmt: skip

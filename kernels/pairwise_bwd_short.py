@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import config
 from .distance import length_of
-from .launch import layout, programs
+from .launch import launch, layout, programs
 from .pairwise_bwd_near import add_near
 from .pairwise_slopes import far_slopes, kept_strides, load_pairs
 from .pairwise_split import ALIGNED, add_product, in_two
@@ -116,10 +116,10 @@ def short_gradients(
     block = SHORT if max(Q, A) > SHORT // 2 else SHORT // 2
     found = W.new_empty(B, dtype=torch.int32)
     with torch.cuda.device_of(q):
-        pairwise_bwd_short[programs(B)](
-            q, a, q_lengths, a_lengths, W, g, centre, found, dq, da,
-            Q, A, D // vec_d, *strides, *kept_strides(W), *g_strides,
-            VEC_D=vec_d, VEC_G=vec_g,
-            BLOCK=block, **options,
+        launch(
+            pairwise_bwd_short, programs(B),
+            (q, a, q_lengths, a_lengths, W, g, centre, found, dq, da,
+             Q, A, D // vec_d, *strides, *kept_strides(W), *g_strides),
+            VEC_D=vec_d, VEC_G=vec_g, BLOCK=block, **options,
         )  # fmt: skip
     add_near(q, a, W, g, found, found, dq, da, q_lengths, a_lengths, precision, block, block)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import config
 from .distance import length_of
-from .launch import layout, programs
+from .launch import launch, layout, programs
 
 # Rows of a copy, and of W, start at multiples of so many elements.
 ALIGNED = tl.constexpr(8)
@@ -67,11 +67,12 @@ def pairwise_split(
 def split_rows(x: Tensor, lengths: Tensor | None, centre: Tensor) -> Tensor:
     """x (B, M, D) less its centre in two parts, (B, M, 2 times D up to a multiple of ALIGNED)."""
     B, M, D = x.shape
-    copy = x.new_empty(B, M, 2 * triton.cdiv(D, ALIGNED.value) * ALIGNED.value, dtype=torch.bfloat16)
+    copy = x.new_empty(B, M, 2 * (D + -D % ALIGNED.value), dtype=torch.bfloat16)
     tile = config.choose("pairwise_split", config.architecture(x.device), x.dtype, {"M": M, "D": D})
     vec, strides = layout(x, size=D)
     with torch.cuda.device_of(x):
-        pairwise_split[programs(B * triton.cdiv(M, tile.blocks["BLOCK_M"]))](
-            x, lengths, centre, copy, M, D // vec, *strides, VEC_D=vec, **tile.options
-        )
+        launch(
+            pairwise_split, programs(B * -(-M // tile.blocks["BLOCK_M"])),
+            (x, lengths, centre, copy, M, D // vec, *strides), VEC_D=vec, **tile.options,
+        )  # fmt: skip
     return copy
