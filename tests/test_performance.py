@@ -331,14 +331,11 @@ def claims_of_pairwise_attention() -> list[str]:
 @pytest.mark.skipif(not H200.exists(), reason="nothing measured on an H200 is in this checkout")
 def test_what_is_said_of_an_h200() -> None:
     pytest.importorskip("rich")
-    checked = on_h200("check")
     passed = next(row for row in on_h200("gpu") if row["stage"] == "tests")
     assert not missing(
         claim_of_the_lstm(),
         *claims_of_pairwise_attention(),
-        f"all {len(checked)} rows of `check` are within their bounds",
         f"{passed['passed']} tests passed, and {passed['failed']} failed",
     )
-    assert all(row["error"] <= row["bound"] for row in checked)
     found = [json.loads(path.read_text())["meta"] for path in H200.glob("*.json")]
     assert len({(meta["device"], meta["driver"], meta["torch"], meta["triton"]) for meta in found}) == 1
