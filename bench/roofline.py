@@ -35,6 +35,7 @@ class Device:
     l2_weights_mb: float = 40.0  # assumed: how much of the 50 MB of L2 W can keep from step to step
     weights_kib: float = 190.0  # assumed: how much of shared memory W may take in `persistent`
     grid_barrier_us: float = 1.2  # assumed: from storing h to holding the others' h
+    four_barrier_us: float = 0.6  # assumed: the same between the four programs that share a sum backward
     block_barrier_clocks: float = 30.0  # assumed
     graph_launch_us: float = 2.5  # assumed: in a CUDA graph, from a kernel's end to the next one at work
     launch_us: float = 6.0  # assumed: the same from the host
@@ -65,7 +66,8 @@ BLOCK_B = (16, 32, 64)
 # Read from the compiled code of the kernels' prototypes (sm_90); no size changes them much.
 MUFU = {"forward": 10, "backward": 2}  # exp and reciprocal per unit and row; gates are saved, tanh(c) is not
 BLOCK_BARRIERS = {"forward": 7, "backward": 9}
-PARTIAL_SUMS = 8  # of a backward product that is split along K, as fewer than 64 units do not fill wgmma
+# Of a backward product that is split along K, as fewer than 64 units do not fill wgmma; not in `persistent`.
+PARTIAL_SUMS = 8
 
 STEPS = 512  # for the wavefront: its two layers take STEPS + 1
 LAYERS = 2
@@ -110,7 +112,7 @@ class Cost:
     weights_shared_bytes: int  # read from shared memory, once for each pass
     weights_l2_bytes: int
     weights_hbm_bytes: int
-    exchange_bytes: int  # h, or in backward dz, written once and read by all that need it
+    exchange_bytes: int  # h, or in backward dz and partial sums, written once and read by all that need it
     state_bytes: int  # z, gates, cells, y: from and to HBM
     product_us: float
     shared_us: float
@@ -136,7 +138,9 @@ def price(
     size, held, passes = BYTES[cell.dtype], HELD[cell.dtype], PASSES[cell.dtype]
     backward, step = cell.direction == "backward", kernel == "step"
     width = 4 if backward else 1  # of what is exchanged: dz is four times as wide as h
-    M, K = (block_h if backward else 4 * block_h), width * cell.H
+    # Backward a program of `persistent` sums over one gate, for its own units and those of three others.
+    shares = backward and kernel == "persistent"
+    M, K = (block_h, 4 * cell.H) if backward and not shares else (4 * block_h, cell.H)
     rows = min(cell.B, block_b)
     busy = ceil(programs / device.sms)  # programs of the busiest SM
     # Sums pass through shared memory, from the product's layout to that of the rest.
@@ -170,8 +174,10 @@ def price(
         from_hbm / device.hbm_tb_s / 1e6,
     )
     alone = kernel == "resident"
+    partial = 4 * block_h * rows * 4 if shares else 0  # that a program writes, and as many that it reads
     exchange_bytes = 0 if alone else rows * size * (each * total * K + programs * width * block_h)
-    reads = 0 if alone else busy * most * K * rows * size
+    exchange_bytes += 2 * programs * partial
+    reads = 0 if alone else busy * (most * K * rows * size + partial)
     exchange = max(device.clocks(reads / device.l2_bytes_clock), exchange_bytes / device.l2_tb_s / 1e6)
 
     # Forward: z, y and for training gates and cells; backward: gates, cells, the gradient of y, dz.
@@ -180,7 +186,7 @@ def price(
     elementwise = device.clocks(busy * block_h * block_b * MUFU[cell.direction] / device.mufu_clock)
     barrier = device.clocks(BLOCK_BARRIERS[cell.direction] * device.block_barrier_clocks)
     if kernel == "persistent":
-        barrier += device.grid_barrier_us
+        barrier += device.grid_barrier_us + (device.four_barrier_us if shares else 0.0)
     launch = device.graph_launch_us if step else 0.0
 
     if step:
