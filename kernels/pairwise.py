@@ -37,7 +37,7 @@ from .distance import (
     squares_by_feature,
     without_near,
 )
-from .launch import MAX_STRIDE, layout, multiprocessors, packed, programs, rows, width
+from .launch import MAX_STRIDE, launch, layout, multiprocessors, packed, programs, rows, width
 from .pairwise_parts import exponent_of, parts_of, power_of_two
 from .pairwise_tiles import tiles_forward
 
@@ -306,7 +306,7 @@ def attention_forward(
         of_q, of_a, centre = parts_of(q, a, q_lengths, a_lengths, number=number)
         tiles_forward(of_q, of_a, S, W)
         return S, W, centre if save and takes_centre(q) else None
-    centre = q.new_zeros(B, D, dtype=torch.float32) if save and takes_centre(q) else None
+    centre = q.new_empty(B, D, dtype=torch.float32) if save and takes_centre(q) else None
     arch = config.architecture(q.device)
     tile = config.choose("pairwise_fwd", arch, q.dtype, {"Q": Q, "A": A, "D": D})
     options = tile.options
@@ -316,9 +316,10 @@ def attention_forward(
     blocks = B * -(-Q // options["BLOCK_M"])
     runs = _runs(blocks, A, q.device)
     with torch.cuda.device_of(q):
-        pairwise_fwd[programs(blocks * runs)](
-            x, y, packed(q_lengths), packed(a_lengths), S, W, centre,
-            Q, A // vec_s, D // vec_d, runs, *strides, 0 if W is None else W.stride(1) // 8,
+        launch(
+            pairwise_fwd, programs(blocks * runs),
+            (x, y, packed(q_lengths), packed(a_lengths), S, W, centre,
+             Q, A // vec_s, D // vec_d, runs, *strides, 0 if W is None else W.stride(1) // 8),
             VEC_D=vec_d, VEC_S=vec_s, PARTS=number if q.dtype == torch.float32 else 0, FEW=D <= DIRECT,
             **options,
         )  # fmt: skip

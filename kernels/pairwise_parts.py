@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import config
 from .distance import centre_of, length_of, offset_and_size
-from .launch import layout, packed, programs, rows
+from .launch import launch, layout, packed, programs, rows
 
 ROWS = tl.constexpr(128)
 FEATURES = tl.constexpr(64)
@@ -241,11 +241,13 @@ def parts_of(
     x_programs = 0 if same else each[0]
     vec, strides = layout(x, y, size=D)
     with torch.cuda.device_of(q):
-        pairwise_centre[(B,)](
-            y, y_side.lengths, centre, y_side.scale, A, D // vec, *strides[2:], VEC_D=vec, BLOCK_K=128
-        )
-        pairwise_parts[programs(x_programs + each[1])](
-            *x_side, *y_side, centre, x_programs, Q, A, D // vec, *strides,
+        launch(
+            pairwise_centre, programs(B),
+            (y, y_side.lengths, centre, y_side.scale, A, D // vec, *strides[2:]), VEC_D=vec, BLOCK_K=128,
+        )  # fmt: skip
+        launch(
+            pairwise_parts, programs(x_programs + each[1]),
+            (*x_side, *y_side, centre, x_programs, Q, A, D // vec, *strides),
             VEC_D=vec, PARTS=number, HELD=held, **options,
         )  # fmt: skip
     return x_side, y_side, centre

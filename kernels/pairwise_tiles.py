@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import config
 from .distance import TAU, length_of, near_distances, near_words, pick, slope_by_distance
-from .launch import layout, multiprocessors, programs, width
+from .launch import launch, layout, multiprocessors, programs, width
 from .pairwise_parts import FEATURES, ROWS, Parts
 
 # The rows of q are loaded once a run: it has at least SHORT columns, and LONG ones cost next to nothing.
@@ -262,8 +262,9 @@ def tiles_forward(x: Parts, y: Parts, S: Tensor, W: Tensor | None) -> None:
     blocks = B * -(-Q // options["BLOCK_M"])
     runs = runs_of(blocks, A, S.device)
     with torch.cuda.device_of(S):
-        pairwise_tiles_fwd[programs(blocks * runs)](
-            *x, *y, S, W,
-            Q, A // vec_s, D // vec_d, runs, *strides, 0 if W is None else W.stride(1) // 8,
+        launch(
+            pairwise_tiles_fwd, programs(blocks * runs),
+            (*x, *y, S, W,
+             Q, A // vec_s, D // vec_d, runs, *strides, 0 if W is None else W.stride(1) // 8),
             VEC_D=vec_d, VEC_S=vec_s, PARTS=number, HELD=held, **options,
         )  # fmt: skip
