@@ -146,7 +146,7 @@ def _pairwise_prepare(sample: Sample) -> Launch:
 
     def launch() -> tuple[Tensor | None, ...]:
         side, _ = prepare(x, x, lengths, lengths, sample.precision)
-        return side.copy, side.squares[:, : x.shape[1]]  # past the rows they are infinite
+        return side.copy, side.squares[..., : x.shape[1]]  # past the rows they are infinite
 
     return launch
 
