@@ -123,7 +123,7 @@ _programs: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: Any) -> None:
-    """`kernel[grid](*arguments, **options)` in a fifth of the time, for a kernel that is over sooner.
+    """`kernel[grid](*arguments, **options)`, for a kernel that is over before Triton has found its program.
 
     None of its numbers may be specialised on: then its program depends on the dtypes of its tensors, on
     whether they are there and start at a multiple of 16 bytes, and on what is compiled in.
