@@ -28,29 +28,24 @@ from .distance import (
     DIRECT,
     centre_of,
     length_of,
-    near_distances,
-    near_words,
     offset_and_size,
-    pick,
     score,
     slope_by_distance,
     squares_by_feature,
     without_near,
 )
-from .launch import MAX_STRIDE, launch, layout, multiprocessors, packed, programs, rows, width
+from .launch import MAX_STRIDE, launch, layout, packed, programs, rows, width
 from .pairwise_parts import exponent_of, parts_of, power_of_two
-from .pairwise_tiles import tiles_forward
+from .pairwise_tiles import NEAR, near_pairs, runs_of, tiles_forward
 
-# The rows of q are loaded once a run: it has at least SHORT columns, and LONG ones cost next to nothing.
-SHORT, LONG = 256, 1024
 # The exponents that a large feature is brought to where rows are split into one and into two parts, and the
 # mean squares below which these lose too much of a row.
 EXPONENT_HALF, EXPONENT_WHOLE = tl.constexpr(6), tl.constexpr(10)
 LEAST_HALF, LEAST_WHOLE = tl.constexpr(2.0**-24), tl.constexpr(2.0**-4)
+# Squares from which on a feature may be too large for float16.
+MOST = tl.constexpr(65504.0**2)
 # From so many rows on both sides they are prepared first: see pairwise_tiles.py.
 PREPARED = 128
-# The second walk reads so many columns at a time: a row's near ones are the bits of an integer.
-NEAR = tl.constexpr(32)
 
 
 @triton.jit
@@ -102,8 +97,8 @@ def expand(
     squares = of_x[:, None] + of_y[None, :]
     if PARTS > 0:
         least = D * (LEAST_WHOLE if PARTS == 2 else LEAST_HALF)
-        product += tl.where((of_x > 0.0) & (of_x < least), float("nan"), 0.0)[:, None]
-        product += tl.where((of_y > 0.0) & (of_y < least), float("nan"), 0.0)[None, :]
+        product += tl.where((of_x > 0.0) & (of_x < least) | (of_x > MOST), float("nan"), 0.0)[:, None]
+        product += tl.where((of_y > 0.0) & (of_y < least) | (of_y > MOST), float("nan"), 0.0)[None, :]
     return squares, squares - 2.0 * product
 
 
@@ -123,7 +118,8 @@ def far_pairs(
     step_y = stride_y.to(tl.int32)
     inverse, scale = 1.0, 1.0
     if PARTS > 0:
-        exponent = exponent_of(size) - (EXPONENT_WHOLE if PARTS == 2 else EXPONENT_HALF)
+        # Other rows do not vanish, also where a row of the sample is not finite.
+        exponent = tl.minimum(exponent_of(size), 40) - (EXPONENT_WHOLE if PARTS == 2 else EXPONENT_HALF)
         inverse, scale = power_of_two(-exponent), power_of_two(exponent)
     found = tl.full((), 0, tl.int64)
     for j0 in tl.range(first, end, BLOCK_N):
@@ -148,33 +144,6 @@ def far_pairs(
             W = slope_by_distance(d).to(w_ptr.dtype.element_ty)
             tl.store(w_at, W, (i < M)[:, None] & (j < stride_w - j0)[None, :])
     return found
-
-
-@triton.jit
-def near_pairs(
-    x_ptr, y_ptr, s_ptr, w_ptr, N, D, x_left, y_left, step_x, step_y, stride_w,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NEAR: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_NEAR columns of the second walk."""
-    i = tl.arange(0, BLOCK_M)
-    j = tl.arange(0, BLOCK_NEAR)
-    valid = (i < x_left)[:, None] & (j < y_left)[None, :]
-    near = tl.load(s_ptr + i[:, None] * N + j[None, :], valid, other=1.0).to(tl.float32) == 0.0
-    counts = tl.sum(near.to(tl.int32), 1)
-    number = tl.sum(counts, 0)
-    if number > 0:
-        words = near_words(near, BLOCK_NEAR)
-        most = tl.max(counts, 0)
-        tl.debug_barrier()  # all threads have read the tile
-        for p0 in tl.range(0, number, BLOCK_P, num_stages=1):
-            p = p0 + tl.arange(0, BLOCK_P)
-            live = p < number
-            row, column = pick(words, counts, most, p, BLOCK_M)
-            d = near_distances(x_ptr, y_ptr, row, column, live, D, step_x, step_y, BLOCK_P, BLOCK_K)
-            tl.store(s_ptr + row * N + column, (1.0 / (1.0 + d)).to(s_ptr.dtype.element_ty), live)
-            if w_ptr is not None:
-                W = -slope_by_distance(d)
-                tl.store(w_ptr + row * stride_w + column, W.to(w_ptr.dtype.element_ty), live)
 
 
 @triton.jit(
@@ -273,13 +242,6 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _runs(blocks: int, columns: int, device: torch.device) -> int:
-    """Into how many runs each block of rows is split: so that all processors are busy, and to the end."""
-    occupied = max(2 * multiprocessors(device) // blocks, 1)
-    balanced = min(-(-8 * multiprocessors(device) // blocks), columns // LONG)
-    return min(max(occupied, balanced), -(-columns // SHORT))
-
-
 def attention_forward(
     q: Tensor,
     a: Tensor,
@@ -314,7 +276,7 @@ def attention_forward(
     vec_d, strides = layout(x, y, size=D)
     vec_s = width(S.element_size(), A)
     blocks = B * -(-Q // options["BLOCK_M"])
-    runs = _runs(blocks, A, q.device)
+    runs = runs_of(blocks, A, q.device)
     with torch.cuda.device_of(q):
         launch(
             pairwise_fwd, programs(blocks * runs),

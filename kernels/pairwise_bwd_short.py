@@ -92,11 +92,12 @@ def pairwise_bwd_short(
             q_parts = in_two(q)
             a_parts = in_two(a)
         if dq_ptr is not None:
-            dq = add_product(-slopes_q * q, of_q, a_parts)
+            # Past the lengths 0 has been multiplied by all others, which may be NaN.
+            dq = tl.where(in_q[:, None], add_product(-slopes_q * q, of_q, a_parts), 0.0)
             at = dq_ptr + i[:, None] * D + k[None, :]
             tl.store(at, dq.to(dq_ptr.dtype.element_ty), (i < Q)[:, None] & in_k)
         if da_ptr is not None:
-            da = add_product(-slopes_a * a, of_a, q_parts)
+            da = tl.where(in_a[:, None], add_product(-slopes_a * a, of_a, q_parts), 0.0)
             at = da_ptr + i[:, None] * D + k[None, :]
             tl.store(at, da.to(da_ptr.dtype.element_ty), (i < A)[:, None] & in_k)
 

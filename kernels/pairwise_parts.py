@@ -70,7 +70,9 @@ def pairwise_centre(
     y_ptr += b * stride_b * VEC_D
     end = length_of(y_lengths_ptr, b, N)
     centred, size = offset_and_size(y_ptr, D, end, stride)
-    tl.store(scale_ptr + b, power_of_two(exponent_of(size) - SAMPLED_EXPONENT))
+    # Its square is finite, also where a row of the sample is not.
+    exponent = tl.minimum(tl.maximum(exponent_of(size), -60), 60)
+    tl.store(scale_ptr + b, power_of_two(exponent - SAMPLED_EXPONENT))
     for k0 in range(0, D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         centre = tl.zeros((BLOCK_K,), tl.float32)
@@ -118,23 +120,23 @@ def pairwise_parts(
     tl.static_assert(ROWS % BLOCK_M == 0 and FEATURES % BLOCK_K == 0, "the parts are made of whole blocks")
     BY_ROW: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     program = tl.program_id(0)
+    D *= VEC_D
     if program >= x_programs:
         program -= x_programs
-        x_ptr, x_lengths_ptr, M = y_ptr, y_lengths_ptr, N
-        x_parts_ptr, x_squares_ptr, x_scale_ptr, x_prints_ptr = (
-            y_parts_ptr,
-            y_squares_ptr,
-            y_scale_ptr,
-            y_prints_ptr,
-        )
+        tiles = tl.cdiv(N, ROWS) * (ROWS // BLOCK_M)
+        b = (program // tiles).to(tl.int64)
+        end = length_of(y_lengths_ptr, b, N)
+        x_ptr, x_parts_ptr, x_squares_ptr = y_ptr, y_parts_ptr, y_squares_ptr
+        x_scale_ptr, x_prints_ptr = y_scale_ptr, y_prints_ptr
         stride_xb, stride_x = stride_yb, stride_y
-    D *= VEC_D
+    else:
+        tiles = tl.cdiv(M, ROWS) * (ROWS // BLOCK_M)
+        b = (program // tiles).to(tl.int64)
+        end = length_of(x_lengths_ptr, b, M)
     stride = stride_x * VEC_D
-    tiles = tl.cdiv(M, ROWS) * (ROWS // BLOCK_M)
-    b = (program // tiles).to(tl.int64)
     i0 = program % tiles * BLOCK_M
     i = tl.arange(0, BLOCK_M)
-    x_left = length_of(x_lengths_ptr, b, M) - i0
+    x_left = end - i0
     x_ptr += b * stride_xb * VEC_D + i0 * stride
     centre_ptr += b * D
     features = tl.cdiv(D, FEATURES) * FEATURES

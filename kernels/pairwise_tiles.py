@@ -230,7 +230,7 @@ def pairwise_tiles_fwd(
                     BLOCK_M, 64, BLOCK_P, BLOCK_NEAR,
                 )  # fmt: skip
     # Past the lengths: over what the walks have stored there.
-    if (x_left < tl.minimum(BLOCK_M, M - i0)) | (y_end < last):
+    if (x_left < tl.minimum(BLOCK_M, M - i0)) | (y_end < tl.minimum(last, N)):
         tl.debug_barrier()
         zero = tl.zeros((BLOCK_M, BLOCK_N), s_ptr.dtype.element_ty)
         for j0 in tl.range(first, tl.minimum(last, N), BLOCK_N, num_stages=1):

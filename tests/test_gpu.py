@@ -106,6 +106,15 @@ def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
     assert not S[0].any() and torch.equal(S[1], pairwise_attention(q, a)[1])
 
 
+@pytest.mark.parametrize("sides", [(torch.int64, None), (None, torch.int32), (torch.int32, torch.int64)])
+def test_lengths_of_one_side_and_of_two_dtypes(sides):
+    q, a = rows_at_distances(20, torch.float32, device="cuda")
+    q, a = q.repeat(1, 5, 1), a.repeat(1, 4, 1)
+    lengths = [None if of is None else torch.tensor([3, x.shape[1] - 1], device="cuda", dtype=of)
+               for of, x in zip(sides, (q, a), strict=True)]  # fmt: skip
+    check_attention(q, a, lengths)
+
+
 def test_kernels_give_the_same_bits_in_every_run():
     words = torch.randn(500, 128, device="cuda")
     inputs = [words[torch.randint(500, (2, 2000), device="cuda")].requires_grad_() for _ in range(3)]

@@ -88,7 +88,7 @@ def test_without_the_centre_an_offset_makes_all_pairs_near(monkeypatch):
 @pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("offset", [0.0, 10.0])
 def test_programs_that_walk_more_tiles_than_they_have_bits(offset, runs, monkeypatch):
-    monkeypatch.setattr(pairwise, "_runs", lambda *args: runs)
+    monkeypatch.setattr(pairwise, "runs_of", lambda *args: runs)
     q, a = torch.randn(1, 5, 20) + offset, torch.randn(1, 4300, 20) + offset
     q[0, :4] = a[0, [1, 2150, 4096, 4299]]  # in the tiles 0, 33, 64 and 67
     a[0, 70] = q[0, 4] + 1e-3
@@ -103,7 +103,7 @@ def test_programs_that_walk_more_tiles_than_they_have_bits(offset, runs, monkeyp
     [(1, 40, 1), (4096, 40, 1), (16, 512, 2), (256, 512, 1), (8, 8192, 32), (64, 8192, 8), (512, 8192, 3)],
 )
 def test_runs_occupy_the_device_and_are_not_short(blocks, columns, runs):
-    assert pairwise._runs(blocks, columns, torch.device("cpu")) == runs
+    assert pairwise.runs_of(blocks, columns, torch.device("cpu")) == runs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

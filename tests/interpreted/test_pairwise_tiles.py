@@ -106,9 +106,44 @@ def test_rows_of_nan_and_infinity():
     q, a = torch.randn(1, 20, 30), torch.randn(1, 40, 30)
     q[0, 3, 5], q[0, 7, 6], a[0, 9, 6] = torch.nan, torch.inf, torch.inf
     q[0, 11], a[0, 12] = 1e20, 1e20
-    S = pairwise_attention(q, a, impl="triton")[0]
-    want = exact.pairwise_attention_reference(q.double(), a.double(), None, None)[0]
-    torch.testing.assert_close(S.double(), want, rtol=0, atol=1e-6, equal_nan=True)
+    check_with_nan(q, a)
+
+
+def check_with_nan(q, a):
+    S = pairwise_attention(q, a, impl="triton").double()
+    want = exact.pairwise_attention_reference(q.double(), a.double(), None, None)
+    rounding = 0 if q.dtype == torch.float32 else torch.finfo(q.dtype).eps / 2
+    torch.testing.assert_close(S, want, rtol=rounding, atol=1e-5 if rounding else 1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("prepared", [1, 10**9])
+@pytest.mark.parametrize("value", [torch.inf, 1e27])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_huge_row_in_the_sample_leaves_the_others_exact(dtype, value, prepared, monkeypatch):
+    """The scale is that of a sample, the first row of a among them."""
+    monkeypatch.setattr(pairwise, "PREPARED", prepared)
+    q, a = torch.randn(1, 8, 16), torch.randn(1, 40, 16)
+    a[0, 0, 0] = value
+    check_with_nan(q.to(dtype), a.to(dtype))
+
+
+def test_rows_that_float16_cannot_hold_are_near(monkeypatch):
+    monkeypatch.setattr(pairwise, "PREPARED", 10**9)
+    q, a = torch.randn(1, 8, 16) * 3, torch.randn(1, 256, 16).clamp(-1.5, 1.5)
+    q[0, 1], q[0, 1, 0] = 0, 6000
+    a[0, :, 0] = -1
+    S = pairwise_attention(q, a, impl="triton", precision="tf32")
+    want = exact.pairwise_attention_reference(q.double(), a.double(), None, None)
+    torch.testing.assert_close(S[0, 1].double(), want[0, 1], rtol=1e-5, atol=0)
+
+
+def test_gradients_past_the_lengths_are_zero_beside_nan():
+    q, a = torch.randn(1, 8, 16), torch.randn(1, 8, 16)
+    q[0, 0, 0] = torch.nan
+    a.requires_grad_()
+    S = pairwise_attention(q, a, a_lengths=torch.tensor([5]), impl="triton")
+    (da,) = torch.autograd.grad(S.sum(), a)
+    assert not da[0, 5:].any()
 
 
 @pytest.mark.parametrize("runs", [1, 3])
