@@ -77,6 +77,9 @@ def check_layer(
         theirs["dx"] = max(theirs["dx"], sizes["dx"] * product_error(T * B, 4 * H * N, I, device))
     for name in wrong:
         rounding = torch.finfo(dtype).eps / 2 * sizes[name]
+        if name == "dh_0" and dtype == torch.float32 and torch.device(device).type == "cuda":
+            # One product of 4H terms and nothing after it. Tensor cores add 8 at a time and cut each sum.
+            rounding *= 1 + (4 * H / 8) ** 0.5
         assert ours[name] <= 2 * theirs[name] + rounding, (name, ours[name], theirs[name], sizes[name])
 
 
