@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .numerics import as_multiplied
 
-# With c <= 11, as on the CPU, the error left in float32 is 7e-7; no tensor core's c has been measured.
+# With c <= 13, as on an H200 up to 4096 features (11 on the CPU), the error left in float32 is 8e-7.
 TAU = tl.constexpr(1 / 8)
 # Up to so many features every pair is computed from the difference.
 DIRECT = 8

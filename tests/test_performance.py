@@ -304,37 +304,12 @@ def claim_of_the_lstm() -> str:
     return ", ".join(parts)
 
 
-def claims_of_pairwise_attention() -> list[str]:
-    """Of each peer that is right: the range of its times over ours, forward and with backward."""
-    found = []
-    for attend, peers in (
-        (False, ("cdist, fast mode", "cdist, exact mode", "compiled expansion")),
-        (True, ("cdist, fast mode", "compiled expansion", "FlexAttention")),
-    ):
-        for peer in peers:
-            parts = []
-            for mode in ("forward", "forward+backward"):
-                ratios = [
-                    row["peers"][peer]["ratio"]
-                    for row in on_h200("speed-pairwise")
-                    if ("attend" in row["case"]) == attend
-                    and (row.get("mode"), row.get("timing")) == (mode, "cold")
-                    and "ratio" in row["peers"].get(peer, {})
-                ]
-                if ratios:
-                    words = mode.replace("+", " and ")
-                    parts.append(f"{between(ratios, '.2f')} of our time {words} in {len(ratios)} rows")
-            found.append(f"{peer}: {'; '.join(parts)}")
-    return found
-
-
 @pytest.mark.skipif(not H200.exists(), reason="nothing measured on an H200 is in this checkout")
 def test_what_is_said_of_an_h200() -> None:
     pytest.importorskip("rich")
     passed = next(row for row in on_h200("gpu") if row["stage"] == "tests")
     assert not missing(
         claim_of_the_lstm(),
-        *claims_of_pairwise_attention(),
         f"{passed['passed']} tests passed, and {passed['failed']} failed",
     )
     found = [json.loads(path.read_text())["meta"] for path in H200.glob("*.json")]
