@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 FILES = sorted(path.name for path in Path(__file__).with_name("interpreted").glob("test_*.py"))
 # Those that take minutes are cut, so that one of them is not the last that everybody waits for.
-PARTS = {"test_lstm.py": 6, "test_pairwise.py": 4, "test_transforms.py": 3}
+PARTS = {"test_lstm.py": 6, "test_pairwise.py": 4, "test_pairwise_tiles.py": 2, "test_transforms.py": 3}
 
 
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
