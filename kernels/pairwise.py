@@ -27,7 +27,6 @@ from . import config
 from .distance import (
     DIRECT,
     centre_of,
-    length_of,
     offset_and_size,
     score,
     slope_by_distance,
@@ -36,7 +35,7 @@ from .distance import (
 )
 from .launch import MAX_STRIDE, launch, layout, packed, programs, rows, width
 from .pairwise_parts import exponent_of, parts_of, power_of_two
-from .pairwise_tiles import NEAR, near_pairs, runs_of, tiles_forward
+from .pairwise_tiles import run_of, runs_of, second_walk, tiles_forward
 
 # The exponents that a large feature is brought to where rows are split into one and into two parts, and the
 # mean squares below which these lose too much of a row.
@@ -167,18 +166,9 @@ def pairwise_fwd(
     stride_x *= VEC_D
     stride_y *= VEC_D
     stride_w *= 8
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    run = tl.program_id(0) % runs
-    i0 = tl.program_id(0) // runs % tiles_m * BLOCK_M
-    b = (tl.program_id(0) // runs // tiles_m).to(tl.int64)
-    first = (run.to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
-    last = ((run + 1).to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
-    x_left = length_of(x_lengths_ptr, b, M) - i0
-    y_end = length_of(y_lengths_ptr, b, N)
-    if x_left <= 0:
-        y_end = 0
-    end = tl.maximum(tl.minimum(last, tl.cdiv(y_end, BLOCK_N) * BLOCK_N), first)
+    b, i0, first, last, end, x_left, y_end = run_of(
+        x_lengths_ptr, y_lengths_ptr, M, N, runs, BLOCK_M, BLOCK_N
+    )
     x_ptr += b * stride_xb * VEC_D + i0 * stride_x
     y_ptr += b * stride_yb * VEC_D
     s_ptr += (b * M + i0) * N
@@ -206,21 +196,15 @@ def pairwise_fwd(
                 stride_w, size, PARTS, False, False, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N,
             )  # fmt: skip
         # Every program of a sequence finds the same centre; the one that each of them has keeps it.
-        if centre_ptr is not None and (run == 0) & (i0 == 0):
+        if centre_ptr is not None and (first == 0) & (i0 == 0):
             for k0 in range(0, D, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 centre = tl.where(centred, centre_of(y_ptr, k, D, y_end, stride_y), 0.0)
                 tl.store(centre_ptr + b * D + k, centre, k < D)
-        if found != 0:
-            tl.debug_barrier()  # a thread reads here what others have stored
-            BLOCK_NEAR: tl.constexpr = min(NEAR, BLOCK_N)
-            for j0 in tl.range(first, end, BLOCK_NEAR, num_stages=1):
-                if (found >> (j0 // BLOCK_N % 64)) & 1 != 0:
-                    near_pairs(
-                        x_ptr, y_ptr + j0 * stride_y, s_ptr + j0, None if w_ptr is None else w_ptr + j0,
-                        N, D, x_left, y_end - j0, step_x, stride_y.to(tl.int32), stride_w,
-                        BLOCK_M, 64, BLOCK_P, BLOCK_NEAR,
-                    )  # fmt: skip
+        second_walk(
+            found, x_ptr, y_ptr, s_ptr, w_ptr, N, D, x_left, y_end, first, end, stride_x, stride_y, stride_w,
+            BLOCK_M, BLOCK_N, BLOCK_P,
+        )  # fmt: skip
     for j0 in tl.range(end, last, BLOCK_N):
         inside = (i < M - i0)[:, None] & (j < N - j0)[None, :]
         zero = tl.zeros((BLOCK_M, BLOCK_N), s_ptr.dtype.element_ty)

@@ -26,7 +26,7 @@ from .pairwise_parts import FEATURES, ROWS, Parts
 SHORT, LONG = 256, 1024
 # The second walk reads so many columns at a time: a row's near ones are the bits of an integer.
 NEAR = tl.constexpr(32)
-# Smaller squares are those of equal rows.
+# Keeps 1 / d finite; rows that are closer score 1.
 _TINY = tl.constexpr(1e-36)
 
 
@@ -97,6 +97,43 @@ def near_pairs(
                 tl.store(w_ptr + row * stride_w + column, W.to(w_ptr.dtype.element_ty), live)
 
 
+@triton.jit
+def second_walk(
+    found, x_ptr, y_ptr, s_ptr, w_ptr, N, D, x_left, y_end, first, end, stride_x, stride_y, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The near pairs of the tiles of BLOCK_N columns whose bit is set in `found`."""
+    if found != 0:
+        tl.debug_barrier()  # a thread reads here what others have stored
+        BLOCK_NEAR: tl.constexpr = min(NEAR, BLOCK_N)
+        for j0 in tl.range(first, end, BLOCK_NEAR, num_stages=1):
+            if (found >> (j0 // BLOCK_N % 64)) & 1 != 0:
+                near_pairs(
+                    x_ptr, y_ptr + j0 * stride_y, s_ptr + j0, None if w_ptr is None else w_ptr + j0,
+                    N, D, x_left, y_end - j0, stride_x.to(tl.int32), stride_y.to(tl.int32), stride_w,
+                    BLOCK_M, 64, BLOCK_P, BLOCK_NEAR,
+                )  # fmt: skip
+
+
+@triton.jit
+def run_of(x_lengths_ptr, y_lengths_ptr, M, N, runs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a program does: batch, first row, first and last column of its run, the column after its last tile
+    with real rows of y, and how many rows of x and y are real, those of x from its first row on."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    run = tl.program_id(0) % runs
+    i0 = tl.program_id(0) // runs % tiles_m * BLOCK_M
+    b = (tl.program_id(0) // runs // tiles_m).to(tl.int64)
+    first = (run.to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
+    last = ((run + 1).to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
+    x_left = length_of(x_lengths_ptr, b, M) - i0
+    y_end = length_of(y_lengths_ptr, b, N)
+    if x_left <= 0:
+        y_end = 0
+    end = tl.maximum(tl.minimum(last, tl.cdiv(y_end, BLOCK_N) * BLOCK_N), first)
+    return b, i0, first, last, end, x_left, y_end
+
+
 @triton.jit(
     do_not_specialize=["M", "N", "D", "runs", "stride_xb", "stride_x", "stride_yb", "stride_y", "stride_w"]
 )
@@ -120,18 +157,9 @@ def pairwise_tiles_fwd(
     stride_x *= VEC_D
     stride_y *= VEC_D
     stride_w *= 8
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    run = tl.program_id(0) % runs
-    i0 = tl.program_id(0) // runs % tiles_m * BLOCK_M
-    b = (tl.program_id(0) // runs // tiles_m).to(tl.int64)
-    first = (run.to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
-    last = ((run + 1).to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
-    x_left = length_of(x_lengths_ptr, b, M) - i0
-    y_end = length_of(y_lengths_ptr, b, N)
-    if x_left <= 0:
-        y_end = 0
-    end = tl.maximum(tl.minimum(last, tl.cdiv(y_end, BLOCK_N) * BLOCK_N), first)
+    b, i0, first, last, end, x_left, y_end = run_of(
+        x_lengths_ptr, y_lengths_ptr, M, N, runs, BLOCK_M, BLOCK_N
+    )
     features = tl.cdiv(D, FEATURES) * FEATURES
     step = PARTS * features
     tile_step = step.to(tl.int64)
@@ -217,18 +245,12 @@ def pairwise_tiles_fwd(
                 w_ptr + j0 + i[:, None] * stride_w + j[None, :], W, inside & (j < stride_w - j0)[None, :]
             )
 
-    if found != 0:
-        tl.debug_barrier()  # a thread reads here what others have stored
-        x_ptr += b * stride_xb * VEC_D + i0 * stride_x
-        y_ptr += b * stride_yb * VEC_D
-        BLOCK_NEAR: tl.constexpr = min(NEAR, BLOCK_N)
-        for j0 in tl.range(first, end, BLOCK_NEAR, num_stages=1):
-            if (found >> (j0 // BLOCK_N % 64)) & 1 != 0:
-                near_pairs(
-                    x_ptr, y_ptr + j0 * stride_y, s_ptr + j0, None if w_ptr is None else w_ptr + j0,
-                    N, D, x_left, y_end - j0, stride_x.to(tl.int32), stride_y.to(tl.int32), stride_w,
-                    BLOCK_M, 64, BLOCK_P, BLOCK_NEAR,
-                )  # fmt: skip
+    x_ptr += b * stride_xb * VEC_D + i0 * stride_x
+    y_ptr += b * stride_yb * VEC_D
+    second_walk(
+        found, x_ptr, y_ptr, s_ptr, w_ptr, N, D, x_left, y_end, first, end, stride_x, stride_y, stride_w,
+        BLOCK_M, BLOCK_N, BLOCK_P,
+    )  # fmt: skip
     # Past the lengths: over what the walks have stored there.
     if (x_left < tl.minimum(BLOCK_M, M - i0)) | (y_end < tl.minimum(last, N)):
         tl.debug_barrier()

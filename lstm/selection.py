@@ -5,9 +5,9 @@
     resident     H up to 128 in 16 bits, where persistent cannot serve
     step         whatever neither can serve, one launch a step: any H, and where another could not be launched
 
-On an H200 a step of 64 rows takes resident 1.7 us forward and 1.0 us backward at H 64 in bfloat16, persistent
-1.6 and 2.5; at H 128 resident 2.9 and 2.8, persistent 1.7 and 2.8. As long as the programs of persistent fit
-the chip they read less than step, which reads all of W_hh in every step.
+On an H200 both take about as long forward at H 64, and resident less backward; at H 128 persistent takes
+less forward. As long as the programs of persistent fit the chip they read less than step, which reads all of
+W_hh in every step.
 """
 
 import functools

@@ -1,9 +1,15 @@
 """The launches of the kernel that takes one for each step, with a stub for what Triton compiles."""
 
+import importlib
+import inspect
+import pkgutil
+import re
+
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+from gatematch import kernels
 from gatematch.kernels import config, launch, lstm_step
 
 T, B, H = 5, 2, 16
@@ -107,3 +113,18 @@ def test_a_cell_is_launched_by_the_program_that_triton_found_for_its_like(launch
         assert len(ordinary) == found + 1, other
         cell(**other)
         assert len(ordinary) == found + 1, other
+
+
+def launched_again():
+    """The kernels that modules give to `launch` and `launch_steps`, by their source."""
+    for found in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"gatematch.kernels.{found.name}")
+        for name in re.findall(r"\blaunch(?:_steps)?\(\s*([a-z]\w+),", inspect.getsource(module)):
+            yield pytest.param(getattr(module, name), id=name)
+
+
+@pytest.mark.parametrize("kernel", list(launched_again()))
+def test_what_is_launched_again_is_specialised_on_none_of_its_numbers(kernel):
+    """A program is found again by dtypes and addresses: a stride of 1, or of 16, must not make another."""
+    numbers = [p for p in kernel.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
+    assert numbers and all(p.do_not_specialize for p in numbers)

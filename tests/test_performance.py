@@ -310,7 +310,18 @@ def test_what_is_said_of_an_h200() -> None:
     passed = next(row for row in on_h200("gpu") if row["stage"] == "tests")
     assert not missing(
         claim_of_the_lstm(),
+        "takes half a microsecond a step, where ours takes two",
         f"{passed['passed']} tests passed, and {passed['failed']} failed",
     )
+    small = [
+        row
+        for row in on_h200("speed-lstm")
+        if (row["case"], row["dtype"], row["mode"]) == ("lstm/single", "tf32", "forward")
+        and row["shape"]["H"] == 64
+    ]
+    for row in small:
+        step = {name: of["median"] * 1e3 / row["shape"]["T"] for name, of in row["peers"].items()}
+        assert 0.35 < step["torch.nn.LSTM"] < 0.75 and 1.5 < row["us_per_step"] < 2.5
+    assert len(small) == 5
     found = [json.loads(path.read_text())["meta"] for path in H200.glob("*.json")]
     assert len({(meta["device"], meta["driver"], meta["torch"], meta["triton"]) for meta in found}) == 1

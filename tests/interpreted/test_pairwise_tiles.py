@@ -67,17 +67,15 @@ def test_rows_of_any_size(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_rows_need_no_differences(dtype, monkeypatch):
     """They score 1 by their fingerprints, and W is 0: the second walk has nothing to do."""
-
-    def fail(*args):
-        raise AssertionError("the second walk found near pairs")
-
+    visits = []
+    monkeypatch.setattr(pairwise_tiles, "near_pairs", lambda *args: visits.append(args))
     words = torch.randn(9, 20).to(dtype)
     q, a = words[torch.randint(9, (2, 40))], words[torch.randint(9, (2, 70))]
     same = (q[:, :, None] == a[:, None]).all(-1)
     S, W, _ = ops.attention_op(q, a, None, None, "triton", "float32", True)
     assert same.any() and torch.equal(S == 1, same) and torch.equal(W[..., :70] == 0, same)
-    assert (W[..., :70] >= 0).all()
     check_scores(q, a)
+    assert not visits
 
 
 def test_near_pairs_that_are_not_equal_are_marked():
