@@ -171,8 +171,6 @@ def _described(constants: Mapping[str, Any]) -> str:
 
 def _tensor_core_products(asm: Mapping[str, Any]) -> int:
     """Products in the source that tensor cores can do: all but those of float32 in full precision."""
-    if "ttir" not in asm:  # Gluon's source names the instruction
-        return len(re.findall(r"ttng\.warp_group_dot ", asm["ttgir"]))
     products = re.findall(r"tt\.dot\b.*", asm["ttir"])
     return sum("inputPrecision" in product or "xf32> *" not in product for product in products)
 

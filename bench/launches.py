@@ -26,7 +26,7 @@ from gatematch.kernels import (
 from gatematch.kernels.config import Config
 from gatematch.kernels.pairwise_parts import parts_of
 from gatematch.kernels.pairwise_prepare import Side, prepare
-from gatematch.kernels.pairwise_split import split_rows
+from gatematch.kernels.pairwise_split import parts_for, split_rows
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
 
 
@@ -133,7 +133,8 @@ def _pairwise_bwd_short(sample: Sample) -> Launch:
 def _pairwise_split(sample: Sample) -> Launch:
     x, lengths = sample.rows("M"), sample.lengths("M")
     centre = torch.randn(sample.batch, sample.features, device=sample.device)
-    return lambda: (split_rows(x, lengths, centre),)
+    number = parts_for(sample.dtype, sample.precision)
+    return lambda: (split_rows(x, lengths, centre, number),)
 
 
 def _sides(sample: Sample) -> tuple[Side, Side]:

@@ -175,9 +175,9 @@ def _bound(op: str, dtype: torch.dtype) -> float:
 
 
 def work(op: str, shape: dict[str, int], dtype: torch.dtype) -> dict[str, Work]:
-    """Products of float32 count three times, at the rate of what is multiplied: float16 for S, TF32 for
-    S @ v. A root and a reciprocal for each pair, and in backward a reciprocal, from S, or both again where S
-    is not in memory."""
+    """Products of float32 count as often as they are made, at the rate of what is multiplied: for S three
+    times in float16, for its gradient six in bfloat16, for S @ v three in TF32. A root and a reciprocal for
+    each pair, and in backward a reciprocal, from S, or both again where S is not in memory."""
     B, Q, A, D, V = (shape.get(letter, 0) for letter in "BQADV")
     pairs, size = B * Q * A, dtype.itemsize
     inputs = B * (Q * D + A * D + A * V) * size
@@ -187,7 +187,7 @@ def work(op: str, shape: dict[str, int], dtype: torch.dtype) -> dict[str, Work]:
     if op == "attention":
         forward = inputs + pairs * size, 2 * pairs * D * passes, 2 * pairs
         # S and its gradient are read, and there are a product for dq and one for da.
-        backward = 2 * inputs + 2 * pairs * size, 4 * pairs * D * passes, pairs
+        backward = 2 * inputs + 2 * pairs * size, 4 * pairs * D * (6 if passes == 3 else 1), pairs
     else:
         output = B * Q * V * size
         forward = inputs + output, 2 * pairs * (D + V) * passes, 2 * pairs

@@ -9,8 +9,8 @@ that of pairwise_bwd_short.py where all pairs of two sequences fit one tile. Nea
 differences, by pairwise_bwd_near.py. A program owns its block of dL/dx and walks the tiles in order: no
 atomics, the same bits in every run.
 
-K and y are multiplied in bfloat16 where y is of that dtype, and else as the sum of two such numbers each
-(pairwise_split.py). The sum of K is taken from what is multiplied.
+K and y are multiplied in bfloat16 where y is of that dtype, and else as the sum of two or three such numbers
+each (pairwise_split.py). The sum of K is taken from what is multiplied.
 
 Shapes: x (B, M, D), y (B, N, D), W (B, Q, A up to a multiple of 8), g (B, Q, A), centre (B, D), lengths (B,).
 """
@@ -26,7 +26,7 @@ from .launch import MAX_STRIDE, launch, layout, packed, programs, rows
 from .pairwise_bwd_near import add_near
 from .pairwise_bwd_short import SHORT, short_gradients
 from .pairwise_slopes import far_slopes, kept_strides, load_pairs, of_pairs
-from .pairwise_split import ALIGNED, add_product, in_two, split_rows
+from .pairwise_split import ALIGNED, add_product, in_parts, parts_for, split_rows
 
 
 @triton.jit(
@@ -47,7 +47,7 @@ def pairwise_bwd(
 ):  # fmt: skip
     """CHUNKS blocks of BLOCK_K columns of dL/dx for BLOCK_M rows of x.
 
-    TRANSPOSED: x = a, so W and g have rows of y. copy: what is multiplied of y, in one or two PARTS.
+    TRANSPOSED: x = a, so W and g have rows of y. copy: what is multiplied of y, in PARTS.
     Strides: of x and y in units of VEC_D elements, of the copy in VEC_C, of g in VEC_G, of W in ALIGNED.
     """
     D *= VEC_D
@@ -112,7 +112,7 @@ def pairwise_bwd(
             )  # fmt: skip
         else:
             found |= (tl.min(w, 1) < 0.0).to(tl.int32) << (j0 // BLOCK_N % 32)
-            s = in_two(s) if PARTS == 2 else (s.to(tl.bfloat16),)
+            s = (s.to(tl.bfloat16),) if PARTS == 1 else in_parts(s, PARTS)
             ones = tl.full((BLOCK_N, 16), 1.0, tl.bfloat16)
             for part in tl.static_range(PARTS):
                 slopes = tl.dot(s[part], ones, slopes)
@@ -120,9 +120,9 @@ def pairwise_bwd(
             for c in tl.static_range(CHUNKS):
                 copy_at = copy_ptr + j0 * stride_c + j[:, None] * step_c + (c * BLOCK_K + k)[None, :]
                 mask = in_y[:, None] & (c * BLOCK_K + k < features - k0)[None, :]
-                y = (tl.load(copy_at, mask, other=0.0),)
-                if PARTS == 2:
-                    y += (tl.load(copy_at + features, mask, other=0.0),)
+                y = ()
+                for part in tl.static_range(PARTS):
+                    y += (tl.load(copy_at + part * features, mask, other=0.0),)
                 added += (add_product(total[c], s, y),)
             total = added
     if found_ptr is not None and k0 == 0:
@@ -201,7 +201,10 @@ def _long_gradients(
         if dx is None:
             continue
         vec_g, g_strides = layout(g, size=M if of_a else N)
-        copy, vec_c = (y, vec_d) if centre is None else (split_rows(y, y_lengths, centre), ALIGNED.value)
+        number, copy, vec_c = 1, y, vec_d
+        if centre is not None:
+            number, vec_c = parts_for(q.dtype, precision), ALIGNED.value
+            copy = split_rows(y, y_lengths, centre, number)
         numbers = M, N, D // vec_d, *(strides[2:] + strides[:2] if of_a else strides)
         of_copy = (stride // vec_c for stride in copy.stride()[:2])
         with torch.cuda.device_of(x):
@@ -210,7 +213,7 @@ def _long_gradients(
                 (x, y, copy, x_lengths, y_lengths, W, g, centre, found[of_a], dx,
                  *numbers, *of_copy, *of_pairs, *g_strides),
                 VEC_D=vec_d, VEC_C=vec_c, VEC_G=vec_g, FEW=few, TRANSPOSED=bool(of_a),
-                PARTS=1 if centre is None else 2, CHUNKS=-(-chunks // tiles_k), **options,
+                PARTS=number, CHUNKS=-(-chunks // tiles_k), **options,
             )  # fmt: skip
     if not few:
         add_near(

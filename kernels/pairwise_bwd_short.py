@@ -13,7 +13,7 @@ from .distance import length_of
 from .launch import launch, layout, programs
 from .pairwise_bwd_near import add_near
 from .pairwise_slopes import far_slopes, kept_strides, load_pairs
-from .pairwise_split import ALIGNED, add_product, in_two
+from .pairwise_split import ALIGNED, add_product, in_parts, parts_for
 
 # Sequences of up to so many rows.
 SHORT = 64
@@ -30,12 +30,12 @@ def pairwise_bwd_short(
     Q, A, D,
     stride_qb: tl.int64, stride_q: tl.int64, stride_ab: tl.int64, stride_a: tl.int64,
     stride_wb: tl.int64, stride_w: tl.int64, stride_gb: tl.int64, stride_g: tl.int64,
-    VEC_D: tl.constexpr, VEC_G: tl.constexpr,
+    VEC_D: tl.constexpr, VEC_G: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Those of dL/dq and dL/da that are given, of two sequences of up to BLOCK rows.
 
-    Strides are as in pairwise_bwd, and `found` is whether there is a near pair.
+    PARTS and strides are as in pairwise_bwd, and `found` is whether there is a near pair.
     """
     D *= VEC_D
     b = tl.program_id(0).to(tl.int64)
@@ -63,16 +63,12 @@ def pairwise_bwd_short(
     s = tl.where(in_a[None, :], far_slopes(w, g), 0.0)
     near = tl.min(tl.min(tl.where(in_a[None, :], w, 0.0), 1), 0) < 0.0
     tl.store(found_ptr + b, near.to(tl.int32))
-    if q_ptr.dtype.element_ty == tl.bfloat16:
-        upper = s.to(tl.bfloat16)
-        of_q = (upper,)
-        of_a = (tl.trans(upper),)
-        s = upper.to(tl.float32)
-    else:
-        upper, lower = in_two(s)
-        of_q = (upper, lower)
-        of_a = (tl.trans(upper), tl.trans(lower))
-        s = upper.to(tl.float32) + lower.to(tl.float32)
+    of_q = (s.to(tl.bfloat16),) if PARTS == 1 else in_parts(s, PARTS)
+    of_a = ()
+    s = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for part in tl.static_range(PARTS):
+        of_a += (tl.trans(of_q[part]),)
+        s += of_q[part].to(tl.float32)
     slopes_q = tl.sum(s, 1)[:, None]
     slopes_a = tl.sum(s, 0)[:, None]
     for k0 in range(0, D, BLOCK_K):
@@ -89,8 +85,8 @@ def pairwise_bwd_short(
             centre = tl.load(centre_ptr + k, k < D, other=0.0)[None, :]
             q = tl.where(in_q[:, None], q.to(tl.float32) - centre, 0.0)
             a = tl.where(in_a[:, None], a.to(tl.float32) - centre, 0.0)
-            q_parts = in_two(q)
-            a_parts = in_two(a)
+            q_parts = in_parts(q, PARTS)
+            a_parts = in_parts(a, PARTS)
         if dq_ptr is not None:
             # Past the lengths 0 has been multiplied by all others, which may be NaN.
             dq = tl.where(in_q[:, None], add_product(-slopes_q * q, of_q, a_parts), 0.0)
@@ -121,6 +117,7 @@ def short_gradients(
             pairwise_bwd_short, programs(B),
             (q, a, q_lengths, a_lengths, W, g, centre, found, dq, da,
              Q, A, D // vec_d, *strides, *kept_strides(W), *g_strides),
-            VEC_D=vec_d, VEC_G=vec_g, BLOCK=block, **options,
+            VEC_D=vec_d, VEC_G=vec_g, PARTS=1 if centre is None else parts_for(q.dtype, precision),
+            BLOCK=block, **options,
         )  # fmt: skip
     add_near(q, a, W, g, found, found, dq, da, q_lengths, a_lengths, precision, block, block)

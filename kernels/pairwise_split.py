@@ -1,11 +1,15 @@
-"""Numbers of float32 as the sum of two of bfloat16, for products on tensor cores.
+"""Numbers of float32 as the sum of some of bfloat16, for products on tensor cores.
 
-    x = upper + lower,    x y = upper_x upper_y + upper_x lower_y + lower_x upper_y
+    x = x_0 + x_1 + x_2,    x y = x_0 y_0 + (x_0 y_1 + x_1 y_0) + (x_0 y_2 + x_1 y_1 + x_2 y_0)
 
-Both are right to 2^-18 of their size, and tensor cores multiply bfloat16 twice as fast as TF32, from rows in
-any order. Rows that many programs multiply are split once, into a copy of both parts beside each other.
+Three parts have all the 24 bits of a float32, and what their six products leave out is of its rounding. Two
+parts and three products are right to 2^-16. Tensor cores multiply bfloat16 twice as fast as TF32, from rows
+in any order, and no number is too large or too small for it, as it may be for float16.
 
-Shapes: x (B, M, D), centre (B, D), lengths (B,), copy (B, M, 2 D') where D' is D up to a multiple of ALIGNED.
+Rows that many programs multiply are split once, into a copy of their parts beside each other.
+
+Shapes: x (B, M, D), centre (B, D), lengths (B,), copy (B, M, PARTS D') where D' is D up to a multiple of
+ALIGNED.
 """
 
 import torch
@@ -22,27 +26,31 @@ ALIGNED = tl.constexpr(8)
 
 
 @triton.jit
-def in_two(x):
-    """A float32 x as the sum of two numbers of bfloat16, the first x to nearest. NaN is in the second."""
+def in_parts(x, PARTS: tl.constexpr):
+    """A float32 x in two or three parts, the first x to nearest. NaN is in all but the first."""
     upper = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-    return upper.to(tl.bfloat16), (x - upper).to(tl.bfloat16)
+    rest = x - upper
+    parts = upper.to(tl.bfloat16), rest.to(tl.bfloat16)
+    if PARTS == 3:
+        parts += ((rest - parts[1].to(tl.float32)).to(tl.bfloat16),)
+    return parts
 
 
 @triton.jit
 def add_product(total, k, y):
-    """total + k y, of one or two parts each."""
-    if len(y) == 2:
-        total = tl.dot(k[0], y[1], total)
-        total = tl.dot(k[1], y[0], total)
-    return tl.dot(k[0], y[0], total)
+    """total + k y, of up to three parts each, the small products first."""
+    for order in tl.static_range(len(y) - 1, -1, -1):
+        for part in tl.static_range(order + 1):
+            total = tl.dot(k[part], y[order - part], total)
+    return total
 
 
 @triton.jit(do_not_specialize=["M", "D", "stride_xb", "stride_x"])
 def pairwise_split(
     x_ptr, lengths_ptr, centre_ptr, copy_ptr, M, D, stride_xb: tl.int64, stride_x: tl.int64,
-    VEC_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    VEC_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of x less their centre, in two parts beside each other. Strides in units of VEC_D."""
+    """BLOCK_M rows of x less their centre, in PARTS beside each other. Strides in units of VEC_D."""
     D *= VEC_D
     stride_x *= VEC_D
     features = tl.cdiv(D, ALIGNED) * ALIGNED
@@ -52,27 +60,32 @@ def pairwise_split(
     i = tl.arange(0, BLOCK_M)
     live = i < length_of(lengths_ptr, b, M) - i0
     x_ptr += b * stride_xb * VEC_D + i0 * stride_x
-    copy_ptr += (b * M + i0) * 2 * features
+    copy_ptr += (b * M + i0) * PARTS * features
     for k0 in range(0, D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + i[:, None] * stride_x + k[None, :], live[:, None] & (k < D)[None, :], other=0.0)
         centre = tl.load(centre_ptr + b * D + k, k < D, other=0.0)
-        upper, lower = in_two(x.to(tl.float32) - centre[None, :])
-        copy_at = copy_ptr + i[:, None] * (2 * features) + k[None, :]
+        parts = in_parts(x.to(tl.float32) - centre[None, :], PARTS)
+        copy_at = copy_ptr + i[:, None] * (PARTS * features) + k[None, :]
         mask = live[:, None] & (k < features)[None, :]
-        tl.store(copy_at, upper, mask)
-        tl.store(copy_at + features, lower, mask)
+        for part in tl.static_range(PARTS):
+            tl.store(copy_at + part * features, parts[part], mask)
 
 
-def split_rows(x: Tensor, lengths: Tensor | None, centre: Tensor) -> Tensor:
-    """x (B, M, D) less its centre in two parts, (B, M, 2 times D up to a multiple of ALIGNED)."""
+def parts_for(dtype: torch.dtype, precision: str) -> int:
+    """Into how many parts rows are split so that products are as right as results of that dtype can be."""
+    return 3 if dtype == torch.float32 and precision == "float32" else 2
+
+
+def split_rows(x: Tensor, lengths: Tensor | None, centre: Tensor, number: int) -> Tensor:
+    """x (B, M, D) less its centre in so many parts, (B, M, number times D up to a multiple of ALIGNED)."""
     B, M, D = x.shape
-    copy = x.new_empty(B, M, 2 * (D + -D % ALIGNED.value), dtype=torch.bfloat16)
+    copy = x.new_empty(B, M, number * (D + -D % ALIGNED.value), dtype=torch.bfloat16)
     tile = config.choose("pairwise_split", config.architecture(x.device), x.dtype, {"M": M, "D": D})
     vec, strides = layout(x, size=D)
     with torch.cuda.device_of(x):
         launch(
             pairwise_split, programs(B * -(-M // tile.blocks["BLOCK_M"])),
-            (x, lengths, centre, copy, M, D // vec, *strides), VEC_D=vec, **tile.options,
+            (x, lengths, centre, copy, M, D // vec, *strides), VEC_D=vec, PARTS=number, **tile.options,
         )  # fmt: skip
     return copy

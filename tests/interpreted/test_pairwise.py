@@ -29,6 +29,14 @@ def test_scores_and_gradients_are_exact_at_every_distance(dtype, D, with_lengths
     check_attention(q, a, lengths_of(q, a) if with_lengths else (None, None))
 
 
+@pytest.mark.parametrize("A", [40, 80])
+def test_gradients_of_few_pairs_have_the_precision_of_float32(A):
+    q, a = torch.randn(1, 1, 30), torch.randn(1, A, 30)  # the errors of many would cancel
+    compare(
+        lambda q, a: pairwise_attention(q, a, impl="triton"), exact.pairwise_attention_reference, [q, a], 1e-6
+    )
+
+
 @pytest.mark.parametrize("with_lengths", [False, True])
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
 @pytest.mark.parametrize("dtype", DTYPES)
