@@ -1,7 +1,7 @@
 """What the LSTM kernels promise, as checks against float64 on the same inputs, on any device."""
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 
@@ -50,11 +50,12 @@ def check_layer(
     4 ulp of that.
 
     With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. Few numbers, or sums of
-    few that may cancel, are exact by chance, in ours or in torch's: there the largest of several draws and of
-    both directions are compared. In float32 dx is one library product, of 4·H·N terms, and may be off
-    by twice what such a product is by itself: some CPUs' libraries add up one number after the other.
+    few that may cancel, are exact by chance, in ours or in torch's, and now and then off by many times what
+    is usual: there the root mean squares of several draws and of both directions are compared. In float32 dx
+    is one library product, of 4·H·N terms, and may be off by twice what such a product is by itself: some
+    CPUs' libraries add up one number after the other.
     """
-    ours, theirs, sizes, peers = Counter(), Counter(), Counter(), []
+    ours, theirs, sizes, peers = defaultdict(list), defaultdict(list), Counter(), []
     few = 8 if B > 3 else 16
     for _ in range(few if H < 16 else 4 if B == 1 else 1):
         got, want, peer = draw(
@@ -63,7 +64,7 @@ def check_layer(
         for name, value in got.items():
             assert value.dtype == dtype and value.shape == want[name].shape, name
             kind = name.removesuffix("_reverse")
-            ours[kind] = max(ours[kind], largest_error(value, want[name]))
+            ours[kind].append(largest_error(value, want[name]))
             sizes[kind] = max(sizes[kind], float(want[name].detach().abs().max()))
         peers.append((peer, want))
     wrong = exceeded(ours, sizes, dtype, upstream)
@@ -72,15 +73,21 @@ def check_layer(
             for name, value in peer().items():
                 if value is not None:
                     kind = name.removesuffix("_reverse")
-                    theirs[kind] = max(theirs[kind], largest_error(value, want[name]))
+                    theirs[kind].append(largest_error(value, want[name]))
     if "dx" in wrong and dtype == torch.float32 and L == 1:
-        theirs["dx"] = max(theirs["dx"], sizes["dx"] * product_error(T * B, 4 * H * N, I, device))
+        product = sizes["dx"] * product_error(T * B, 4 * H * N, I, device)
+        theirs["dx"] = [max(error, product) for error in theirs["dx"] or [0.0]]
     for name in wrong:
         rounding = torch.finfo(dtype).eps / 2 * sizes[name]
         if name == "dh_0" and dtype == torch.float32 and torch.device(device).type == "cuda":
             # One product of 4H terms and nothing after it. Tensor cores add 8 at a time and cut each sum.
             rounding *= 1 + (4 * H / 8) ** 0.5
-        assert ours[name] <= 2 * theirs[name] + rounding, (name, ours[name], theirs[name], sizes[name])
+        errors = root_mean_square(ours[name]), root_mean_square(theirs[name])
+        assert errors[0] <= 2 * errors[1] + rounding, (name, *errors, sizes[name])
+
+
+def root_mean_square(errors):
+    return (sum(error**2 for error in errors) / max(len(errors), 1)) ** 0.5
 
 
 def product_error(n, k, m, device):
@@ -96,7 +103,7 @@ def product_error(n, k, m, device):
 def exceeded(errors, sizes, dtype, upstream):
     """The results that are off by more than a few ulp."""
     ulp = (8 if "c" in upstream else 4) * torch.finfo(dtype).eps
-    return [name for name, error in errors.items() if not error <= ulp * sizes[name]]
+    return [name for name, of_draws in errors.items() if not max(of_draws) <= ulp * sizes[name]]
 
 
 def draw(T, B, I, H, dtype, impl, N, L, P, bias, with_lengths, upstream, batch_first, device):

@@ -271,7 +271,8 @@ def test_a_process_that_loses_the_device_takes_no_other_tests_with_it(tmp_path):
     path.write_text(LOSING)
     (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
     (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
-    assert (others["passed"], others["failed_tests"]) == (19, ["test_some[3]"])
+    log = (tmp_path / "gpu-tests.log").read_text()
+    assert (others["passed"], others["failed_tests"]) == (19, ["test_some[3]"]), log
     assert (same["status"], same["passed"], same["failed"]) == ("failed", 1, 1)
     assert "the CUDA device is lost: an illegal" in (tmp_path / "gpu-determinism.log").read_text()
 
