@@ -181,13 +181,13 @@ def work(op: str, shape: dict[str, int], dtype: torch.dtype) -> dict[str, Work]:
     B, Q, A, D, V = (shape.get(letter, 0) for letter in "BQADV")
     pairs, size = B * Q * A, dtype.itemsize
     inputs = B * (Q * D + A * D + A * V) * size
-    product, passes = str(dtype).removeprefix("torch."), 1
+    product, passes, of_gradient = str(dtype).removeprefix("torch."), 1, 1
     if dtype == torch.float32:
-        product, passes = "float16" if op == "attention" else "tf32", 3
+        product, passes, of_gradient = "float16" if op == "attention" else "tf32", 3, 6
     if op == "attention":
         forward = inputs + pairs * size, 2 * pairs * D * passes, 2 * pairs
         # S and its gradient are read, and there are a product for dq and one for da.
-        backward = 2 * inputs + 2 * pairs * size, 4 * pairs * D * (6 if passes == 3 else 1), pairs
+        backward = 2 * inputs + 2 * pairs * size, 4 * pairs * D * of_gradient, pairs
     else:
         output = B * Q * V * size
         forward = inputs + output, 2 * pairs * (D + V) * passes, 2 * pairs
