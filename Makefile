@@ -28,7 +28,8 @@ help:
 
 # Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
 # into the wheel.
-SOURCES := pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/configs/*.json lstm/*.py attention/*.py curvature/*.py bench/*.py bench/*/*.py)
+PACKAGES := core kernels lstm attention curvature bench
+SOURCES := pyproject.toml constraints.txt $(shell find $(PACKAGES) -name '*.py' -o -name py.typed -o -path '*/configs/*.json')
 comma := ,
 define install
 	rm -rf build
@@ -83,7 +84,7 @@ newest: $(VENV)/for-test
 lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m mypy -p gatematch.kernels -p gatematch.lstm -p gatematch.attention -p gatematch.curvature -p gatematch.bench
+	$(RUN) -m mypy -p gatematch
 
 # The API reference is read off the installed package. The variable keeps Material for MkDocs from advertising
 # against another project's next version in the log.

@@ -3,8 +3,13 @@
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import gatematch
+
+ROOT = Path(__file__).parents[1]
 
 MODULES = "gatematch.kernels.config, gatematch.lstm, gatematch.attention, gatematch.curvature"
 
@@ -61,14 +66,57 @@ def test_the_top_folders_are_not_installed_under_their_own_names():
     assert tops.isdisjoint({"lstm", "attention", "bench", "kernels", "curvature"}), tops
 
 
-@pytest.mark.parametrize("package", ["kernels", "lstm", "attention", "curvature", "bench", "bench/answers"])
-def test_typed_markers_are_shipped(package):
-    import importlib.util
-    import pathlib
+def test_the_package_alone_loads_no_torch_and_all_public_names_on_demand():
+    loaded = python(
+        "import sys, gatematch\n"
+        "print(gatematch.__version__, 'torch' in sys.modules)\n"
+        "print(gatematch.lstm.lstm.__name__, 'gatematch.attention' in sys.modules)\n"
+        "from gatematch import *\n"
+        "print(LSTM.__module__, attention.__name__, hessian.__module__)"
+    )
+    assert loaded.splitlines() == [
+        f"{importlib.metadata.version('gatematch')} False",
+        "lstm False",
+        "gatematch.lstm.modules gatematch.attention gatematch.curvature.matrix",
+    ]
+    packages = [gatematch.lstm, gatematch.attention, gatematch.curvature]
+    public = {name: package for package in packages for name in package.__all__ if name != "lstm"}
+    assert {"__version__", "lstm", "attention", "curvature", *public} == set(gatematch.__all__)
+    assert set(gatematch.__all__) <= set(dir(gatematch))
+    for name, package in public.items():
+        assert getattr(gatematch, name) is getattr(package, name)
+    with pytest.raises(AttributeError, match="module 'gatematch' has no attribute 'LTSM'"):
+        _ = gatematch.LTSM
 
-    spec = importlib.util.find_spec("gatematch." + package.replace("/", "."))
-    assert spec is not None and spec.origin is not None
-    assert pathlib.Path(spec.origin).with_name("py.typed").exists()
+
+def test_every_file_of_every_package_is_named_where_it_has_to_be():
+    """Packages, folders, data and device code in pyproject.toml, and SOURCES in the Makefile."""
+    tool = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]
+    folders = tool["setuptools"]["package-dir"]
+    assert set(folders) == set(tool["setuptools"]["packages"]) == set(tool["setuptools"]["package-data"])
+    tops = {ROOT / folder.partition("/")[0] for folder in folders.values()}
+    code = {path for top in tops for path in top.rglob("*.py")}
+    assert {path.parent for path in code} == {ROOT / folder for folder in folders.values()}
+    assert all((ROOT / folder / "py.typed").exists() for folder in folders.values())
+    data = {
+        path
+        for name, folder in folders.items()
+        for pattern in tool["setuptools"]["package-data"][name]
+        for path in (ROOT / folder).glob(pattern)
+    }
+
+    def module(path: Path) -> str:
+        (package,) = (name for name, folder in folders.items() if ROOT / folder == path.parent)
+        return f"{package}.{path.stem}"
+
+    device_code = {module(path) for path in code if "@triton.jit" in path.read_text()}
+    assert device_code == set(tool["mypy"]["overrides"][0]["module"])
+    make = ["make", "-s", "--eval", "sources: ; @echo $(SOURCES)", "sources"]
+    sources = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {ROOT / name for name in sources} == {
+        ROOT / "pyproject.toml",
+        ROOT / "constraints.txt",
+    } | code | data
 
 
 def test_requirements_and_extras():
