@@ -21,7 +21,7 @@ help:
 	@echo "make kernels   what each kernel compiles to, per architecture: registers, spills, tensor-core instructions"
 	@echo "make roofline  what a step of the LSTM should cost on an H200, on paper"
 	@echo "make newest    the kernels compiled with the newest Triton, beside the one in constraints.txt"
-	@echo "make lint      ruff, and mypy on the installed package"
+	@echo "make lint      ruff, mypy on the installed package, and whether the sdist is complete"
 	@echo "make docs      the documentation as a site in $(OUT)/site; make docs-check opens its pages in Chromium"
 	@echo "make gpu       all that only a GPU can show, stage by stage, and nothing from a network: needs torch,"
 	@echo "               triton, numpy, pytest, typer, rich and setuptools; ARGS=\"--stage tests\" runs one stage"
@@ -85,6 +85,7 @@ lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m mypy -p gatematch
+	test ! -e .git || $(RUN) -m check_manifest
 
 # The API reference is read off the installed package. The variable keeps Material for MkDocs from advertising
 # against another project's next version in the log.

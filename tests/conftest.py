@@ -1,14 +1,27 @@
-"""Fresh random inputs under a printed seed, and tests that need a CUDA device skipped where there is none."""
+"""Seeds, fixed or fresh, and tests that need a CUDA device skipped where there is none.
+
+GATEMATCH_TEST_SEED=7 takes that seed instead of 0, GATEMATCH_TEST_SEED=fresh draws one and prints it.
+Hypothesis draws the same examples every time.
+"""
 
 import os
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 
-# Kept in the environment: processes of pytest-xdist, and those that tests start, have the same.
-SEED = int(os.environ.setdefault("GATEMATCH_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
+if os.environ.get("GATEMATCH_TEST_SEED") == "fresh":
+    # Kept in the environment: processes of pytest-xdist, and those that tests start, have the same.
+    os.environ["GATEMATCH_TEST_SEED"] = str(random.SystemRandom().randrange(10**6))
+SEED = int(os.environ.get("GATEMATCH_TEST_SEED", "0"))
+torch.manual_seed(SEED)  # for what test files draw when they are imported
+with suppress(ModuleNotFoundError):  # a machine that runs the CUDA tests alone may lack it
+    import hypothesis
+
+    hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("steady")
 
 
 def pytest_report_header() -> str:
@@ -17,6 +30,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    random.seed(SEED)
     torch.manual_seed(SEED)
 
 
