@@ -254,7 +254,7 @@ def table(
 def pages(
     files: Annotated[list[Path], typer.Argument(help="Markdown pages, whose tables name their results.")],
 ) -> None:
-    """Draw the tables of Markdown pages again, from the results files that they name, below this folder."""
+    """Write tables and figures of Markdown pages again, from the results files below this folder."""
     from gatematch.bench.markdown import redrawn
 
     with one_sentence_errors():

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import gpu_tables
+from . import figures, gpu_tables
 from .answers.report import RANKERS, Run, models_table
 from .hessian import COLUMNS, cells
 from .results import read_results
@@ -61,14 +61,23 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def redrawn(page: str, root: Path) -> str:
-    """A Markdown page with its tables drawn again: each stands between a line ``<!-- table FILE ... -->``, of
-    results files below `root`, and ``<!-- end -->``.
+    """A Markdown page with what comes from results files below `root` written again: tables between a line
+    ``<!-- table FILE ... -->`` and ``<!-- end -->``, generated text in a block behind a line
+    ``<!-- sample FILE -->``, and the figures of figures.py.
     """
 
     def table(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{markdown(*(root / name for name in found[2].split()))}\n{found[3]}"
+        return f"{found[1]}\n{markdown(*(root / name for name in found[2].split()))}\n<!-- end -->"
 
-    return re.sub(r"(<!-- table (.+?) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
+    def sample(found: re.Match[str]) -> str:
+        return f"{found[1]}\n```text\n{figures.sample(root / found[2])}```"
+
+    for draw, behind in ((table, ".*?<!-- end -->"), (sample, "```text\n.*?```")):
+        mark = f"<!-- {draw.__name__} "
+        page, number = re.subn(rf"({mark}(.+?) -->)\n{behind}", draw, page, flags=re.DOTALL)
+        if number != page.count(mark):
+            raise ValueError(f"every {mark}FILE --> must be followed by what it names, and its end")
+    return figures.redrawn(page, root)
 
 
 def _run(path: Path, rows: list[dict[str, Any]]) -> Run:

@@ -9,11 +9,12 @@ import inspect
 import io
 import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import scipy.sparse.linalg
@@ -108,10 +109,11 @@ def test_code_that_would_escape_is_seen(block: str) -> None:
 
 @functools.cache
 def options_of(example: str) -> set[str]:
-    shown = subprocess.run(
-        [sys.executable, "-I", ROOT / example, "--help"], capture_output=True, text=True, check=True
-    )
-    return set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown.stdout, re.MULTILINE))
+    shown = io.StringIO()
+    asked = mock.patch.object(sys, "argv", [example, "--help"])
+    with asked, contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        runpy.run_path(str(ROOT / example), run_name="__main__")
+    return set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown.getvalue(), re.MULTILINE))
 
 
 def unknown(line: str) -> set[str]:

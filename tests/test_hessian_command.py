@@ -238,15 +238,3 @@ def test_committed_costs_are_within_their_bounds() -> None:
     assert (
         product["parameters"] > 10**6 and product["hvp"]["ratio"] <= 3 and product["operator"]["ratio"] <= 3
     )
-
-
-def test_the_committed_lstm_is_curved_most_by_its_cell_gate() -> None:
-    """As docs/curvature.md says below the picture."""
-    (row,) = (row for row in read_results(COMMITTED)["rows"] if row["case"] == "hessian/lstm")
-    H = np.abs(whole(row))
-    largest = {name: H[start:stop, start:stop].max() for name, (start, stop) in row["blocks"].items()}
-    cell = {name: value for name, value in largest.items() if name.removesuffix("_l0")[-1] == "g"}
-    assert len(cell) == 4
-    for name, value in largest.items():
-        same_kind = next(g for g in cell if g[:3] == name[:3])
-        assert name in cell or value < cell[same_kind]

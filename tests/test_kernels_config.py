@@ -5,7 +5,6 @@ import json
 import logging
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -147,21 +146,3 @@ def test_the_lists_can_be_read_without_triton():
     )
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def test_the_document_says_which_rows_of_q_are_kept():
-    kept = {
-        dtype: max(
-            tile.blocks["RESIDENT"]
-            for kind, _, tile in shipped("pairwise_tiles_fwd", "sm_90")
-            if kind == dtype
-        )
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    }
-    kept[torch.float32] //= 2  # it counts both parts
-    assert kept[torch.bfloat16] == kept[torch.float16]
-    page = Path(__file__).parents[1] / "docs" / "design" / "pairwise-kernels.md"
-    said = (
-        f"in 16 bits up to {kept[torch.bfloat16]} features on sm_90, in float32 up to {kept[torch.float32]}"
-    )
-    assert said in " ".join(page.read_text().split())
