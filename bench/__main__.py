@@ -142,32 +142,6 @@ def kernels(
         raise typer.Exit(1)
 
 
-@app.command()
-def roofline(
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="bfloat16, tf32 or float32 (three TF32 passes); may be repeated. Default: all."),
-    ] = None,
-    backward: Annotated[
-        bool | None, typer.Option("--backward/--forward", help="One direction only; default: both.")
-    ] = None,
-    json: Json = None,
-) -> None:
-    """What the LSTM's kernels should cost a time step on an H200: a model on paper, nothing is measured."""
-    from dataclasses import asdict
-
-    from gatematch.bench.predictions import roofline_table, run_roofline, summary
-    from gatematch.bench.roofline import DTYPES, H200
-
-    with one_sentence_errors():
-        where = ready("cpu", json)
-        rows = run_roofline(H200, tuple(dtype or DTYPES), backward)
-    show(roofline_table(H200, rows))
-    for line in summary(H200, rows):
-        typer.echo(line)
-    save(json, where, rows, model=asdict(H200))
-
-
 @app.command("hessian")
 def curvature(
     checkpoint: Annotated[
@@ -238,8 +212,8 @@ def table(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A results file of `answers`, `speed`, `kernels`, `roofline`, `hessian`, `gpu`, `barrier`, "
-            "`expansion` or an example, or several of `answers`."
+            help="A results file of `answers`, `speed`, `kernels`, `hessian`, `gpu`, `barrier`, `expansion` "
+            "or an example, or several of `answers`."
         ),
     ],
 ) -> None:

@@ -48,15 +48,13 @@ def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
         return gpu_tables.expansion(rows)
     if all(row["case"].startswith("kernels/") for row in rows):
         return _kernels(rows)
-    if all(row["case"].startswith("roofline/") for row in rows):
-        return _roofline(rows)
     if all(row["case"].startswith("hessian/") for row in rows):
         return _hessian(rows)
     if all(row["case"].startswith("example/") for row in rows):
         return _example(rows)
     raise ValueError(
-        f"results file {path} must come from answers, speed or kernels, from roofline or hessian, from gpu, "
-        "barrier or expansion, or from an example; there is no table for it"
+        f"results file {path} must come from answers, speed, kernels or hessian, from gpu, barrier or "
+        "expansion, or from an example; there is no table for it"
     )
 
 
@@ -90,8 +88,6 @@ def _source(meta: dict[str, Any]) -> tuple[str, str]:
         f"{machine}, {meta['threads']} threads, Python {meta['python']}, torch {meta['torch']}, {triton}"
         f"commit {meta['commit']}, {meta['date'][:10]}"
     )
-    if "model" in meta:
-        where = f"A model of one {meta['model']['name']}, nothing measured, computed on {where}"
     return where, meta["command"]
 
 
@@ -149,22 +145,6 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
         products = [row["tensor_core_instructions"] for row in variants if row["tensor_core_products"]]
         instructions = f"{min(products)} to {max(products)}" if products else "none"
         lines.append(f"| {' | '.join(key)} | {registers} | {spills} | {shared / 1024:.0f} | {instructions} |")
-    return "\n".join(lines)
-
-
-def _roofline(rows: list[dict[str, Any]]) -> str:
-    """A line for each dtype, direction and H: the kernel for each batch size, and a wavefront's gain."""
-    batches = list(dict.fromkeys(row["shape"]["B"] for row in rows))
-    lines = [
-        f"| dtype | direction | H | {' | '.join(f'B {B}' for B in batches)} |",
-        "|" + "---|" * (3 + len(batches)),
-    ]
-    groups: dict[tuple[str, str, int], list[str]] = {}
-    for row in rows:
-        gain = f" ({row['wavefront']['gain']:.2f}x)" if row["wavefront"] else ""
-        cell = f"{row['chosen']} {row['us']:.2f}{gain}"
-        groups.setdefault((row["dtype"], row["pass"], row["shape"]["H"]), []).append(cell)
-    lines += [f"| {dtype} | {way} | {H} | {' | '.join(cells)} |" for (dtype, way, H), cells in groups.items()]
     return "\n".join(lines)
 
 

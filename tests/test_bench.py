@@ -330,7 +330,7 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         (("plot", no_peers), "must come from answers or speed"),
         (("plot", no_ours), "lacks what a picture needs"),
         (("overview", tmp_path), f"results file {tmp_path / 'answers.json'} does not exist"),
-        (("table", no_peers), "must come from answers, speed or kernels"),
+        (("table", no_peers), "must come from answers, speed, kernels or hessian"),
         (("table", whole, no_peers), f"results file {no_peers} must come from answers"),
         (("table", no_ours, whole), f"results file {no_ours} must come from answers"),
         (("table", whole, half), f"results file {half} lacks what a table needs"),
