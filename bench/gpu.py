@@ -29,8 +29,8 @@ from rich.table import Table
 
 from gatematch.kernels.config import architecture
 
-from .compute_sanitizer import UNAVAILABLE
 from .results import describe_machine, read_results, write_results
+from .sanitizer import UNAVAILABLE
 
 CORES = os.cpu_count() or 1
 # Each has a context of its own on the device.
@@ -60,7 +60,7 @@ STAGES = {
     ),
     "check": _bench("check", "--device", "cuda"),
     "expansion": _bench("expansion", "--device", "cuda"),
-    "sanitizer": ("-m", "gatematch.bench.compute_sanitizer", "{results}"),
+    "sanitizer": ("-m", "gatematch.bench.sanitizer", "{results}"),
     "determinism": _pytest("same_bits"),
     "barrier": _bench("barrier", "--device", "cuda"),
     "speed-lstm": _speed("lstm/"),

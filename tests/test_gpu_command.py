@@ -20,10 +20,11 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from gatematch.bench import __main__ as command
-from gatematch.bench import compute_sanitizer, console, gpu, planted, results, sanitized
+from gatematch.bench import console, gpu, results, sanitizer
 from gatematch.bench.kernels import compiled
-from gatematch.bench.launches import LAUNCHES
+from gatematch.bench.launches import LAUNCHES, Sample
 from gatematch.bench.markdown import markdown
+from gatematch.kernels import config
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).with_name("test_gpu.py")
@@ -62,7 +63,7 @@ def test_what_becomes_of_a_stage(stages, capfdbinary):
         rows=f"{ROWS}; print('table'); print('results: x.json')",
         sentence=f"{ROWS}; print('results: x.json'); print('all 2 within their bounds')",
         bad=f"{ROWS}; print('table'); sys.exit('1 of 2 are past their bound')",
-        lacking=f"print('no such tool'); raise SystemExit({compute_sanitizer.UNAVAILABLE})",
+        lacking=f"print('no such tool'); raise SystemExit({sanitizer.UNAVAILABLE})",
         crashing="raise RuntimeError('device lost')",
         killed="import os; print('before', flush=True); os.kill(os.getpid(), 11)",
         silent="print('done')",
@@ -281,7 +282,7 @@ WITHOUT = """
 import importlib, sys
 for name in "scipy matplotlib expecttest hypothesis keras onnx bm25s chatterbot_corpus yaml".split():
     sys.modules[name] = None
-for name in "gpu kernels compute_sanitizer sanitized planted check expansion barrier speed".split():
+for name in "gpu kernels sanitizer check expansion barrier speed".split():
     importlib.import_module(f"gatematch.bench.{name}")
 import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", sys.argv[1]]))
@@ -330,7 +331,7 @@ def test_wrong_options(on_cpu, tmp_path):
 
 
 def test_the_exit_code_is_that_of_the_worst_stage(on_cpu, stages):
-    lacking = f"print('no tool'); raise SystemExit({compute_sanitizer.UNAVAILABLE})"
+    lacking = f"print('no tool'); raise SystemExit({sanitizer.UNAVAILABLE})"
     path = stages(good=ROWS, lacking=lacking, bad="1/0")
     result = invoke("--json", path, "--stage", "lacking", "--stage", "good", "--tests", TESTS)
     assert result.exit_code == 0 and f"results: {path}" in result.output
@@ -361,14 +362,13 @@ def test_the_commit_is_named_where_there_is_no_repository(tmp_path, monkeypatch)
 SEES = {
     "memcheck": """\
 ========= Invalid __global__ write of size 4 bytes
-=========     at planted_store+0x70 in planted.py:17
-=========     by thread (0,0,0) in block (0,0,0)
+=========     at planted_store+0x70 in sanitizer.py:17
 =========
 ========= ERROR SUMMARY: 1 error
 """,
     "racecheck": """\
-========= Error: Race reported between Write access at planted_race+0xc0 in planted.py:25
-=========     and Read access at planted_race+0xd0 in planted.py:25 [508 hazards]
+========= Error: Race reported between Write access at planted_race+0xc0 in sanitizer.py:25
+=========     and Read access at planted_race+0xd0 in sanitizer.py:25 [508 hazards]
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """,
@@ -380,8 +380,7 @@ CLEAN = {
 FINDS = {
     "memcheck": """\
 ========= Invalid __global__ read of size 16 bytes
-=========     at pairwise_fwd+0xec0 in pairwise.py:43
-=========     by thread (18,0,0) in block (0,0,0)
+=========     at pairwise_fwd+0xec in pairwise.py
 =========
 ========= ERROR SUMMARY: 12 errors
 """,
@@ -392,109 +391,74 @@ FINDS = {
 ========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)
 """,
 }
-REFUSES = """\
-========= Error: Device not supported. Please refer to the "Supported Devices" section
-=========
-========= ERROR SUMMARY: 2 errors
-"""
-CRASH = "RuntimeError: out of memory\n"
-
-
-@pytest.fixture
-def sanitizer(tmp_path, monkeypatch, capfd):
-    """Runs a compute-sanitizer that says what it is told to of the planted errors, and of the kernels.
-
-    Returns:
-        Exit code, last line, rows.
-    """
-
-    def run(planted, kernels, kernels_code=0):
-        for program, said in (("planted", planted), ("kernels", kernels)):
-            for tool, words in said.items():
-                (tmp_path / f"{tool}-{program}").write_text("========= COMPUTE-SANITIZER\n" + words)
-        script = tmp_path / "compute-sanitizer"
-        script.write_text(f"""#!/bin/sh
-cd {tmp_path}
-case "$*" in
-    --version) printf 'NVIDIA (R) Compute Sanitizer\\nVersion 2025.3.1.0\\n' ;;
-    *bench.planted*) cat "$2-planted" ;;
-    *) cat "$2-kernels"; echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >"$2-arguments"; exit {kernels_code} ;;
-esac
-""")
-        script.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        code = compute_sanitizer.main(tmp_path / "sanitizer.json", CPU)
-        rows = results.read_results(tmp_path / "sanitizer.json")["rows"]
-        return code, capfd.readouterr().out.splitlines()[-1], rows
-
-    return run
-
-
-def test_a_sanitizer_that_finds_nothing(sanitizer, tmp_path):
-    code, said, rows = sanitizer(SEES, CLEAN)
-    assert (code, said) == (0, "memcheck 0 errors, racecheck 0 hazards")
-    found = {"status": "passed", "hazards": 0, "errors": 0, "warnings": 0}
-    assert rows[1] == {"case": "sanitizer/racecheck", **found, "version": "Version 2025.3.1.0"}
-    memcheck, racecheck = ((tmp_path / f"{tool}-arguments").read_text() for tool in SEES)
-    program = f"{sys.executable} -m gatematch.bench.sanitized\n"
-    assert all(words.startswith("1 --tool ") and words.endswith(program) for words in (memcheck, racecheck))
-    assert "--padding" in memcheck and "--padding" not in racecheck
-
-
-def test_a_sanitizer_that_finds_something(sanitizer):
-    code, said, rows = sanitizer(SEES, FINDS)
-    assert code == 1 and [row["status"] for row in rows] == ["failed", "failed"]
-    assert said == (
-        "memcheck 12 errors: Invalid __global__ read of size 16 bytes at pairwise_fwd+0xec0 in pairwise.py:43"
-        ", racecheck 1 hazards: Warning: Race reported between Write access at lstm_step_fwd+0xb0 "
-        "and Read access at lstm_step_fwd+0xd0 [9 hazards]"
-    )
-    assert (rows[1]["errors"], rows[1]["warnings"]) == (0, 1)
-
-
-def test_a_program_that_fails_under_the_sanitizer_has_not_passed(sanitizer):
-    lost = CRASH + "========= Error: connection lost\n"
-    code, said, rows = sanitizer(SEES, {"memcheck": CLEAN["memcheck"] + CRASH, "racecheck": lost}, 1)
-    assert code == 1 and [row["status"] for row in rows] == ["failed", "failed"]
-    assert said == (
-        "memcheck 0 errors: exit code 1: RuntimeError: out of memory, "
-        "racecheck ? hazards: exit code 1: Error: connection lost"
-    )
+CRASH, LOST = "RuntimeError: out of memory\n", "========= Error: connection lost\n"
+REFUSES = "========= Error: Device not supported.\n=========\n========= ERROR SUMMARY: 2 errors\n"
+NONE = sanitizer.UNAVAILABLE
 
 
 @pytest.mark.parametrize(
-    ("planted", "words"),
+    ("planted", "kernels", "ends", "code", "said"),
     [
-        (dict.fromkeys(SEES, REFUSES), "Error: Device not supported. Please refer to"),
-        (CLEAN, "ERROR SUMMARY: 0 errors"),
-        (dict.fromkeys(SEES, ""), "exit code 0"),
+        (SEES, CLEAN, 0, 0, "memcheck 0 errors, racecheck 0 hazards"),
+        (
+            SEES, FINDS, 0, 1,
+            "memcheck 12 errors: Invalid __global__ read of size 16 bytes at pairwise_fwd+0xec in pairwise.py"
+            ", racecheck 1 hazards: Warning: Race reported between Write access at lstm_step_fwd+0xb0 "
+            "and Read access at lstm_step_fwd+0xd0 [9 hazards]",
+        ),
+        (
+            SEES, {"memcheck": CLEAN["memcheck"] + CRASH, "racecheck": LOST}, 1, 1,
+            "memcheck 0 errors: exit code 1: RuntimeError: out of memory, "
+            "racecheck ? hazards: exit code 1: Error: connection lost",
+        ),
+        # What sees no planted error says nothing of the kernels.
+        (dict.fromkeys(SEES, REFUSES), CLEAN, 0, NONE, "a planted error: Error: Device not supported."),
+        (CLEAN, CLEAN, 0, NONE, "does not see a planted error: ERROR SUMMARY: 0 errors"),
+        (dict.fromkeys(SEES, ""), CLEAN, 0, NONE, "does not see a planted error: exit code 0"),
+        # One tool is enough.
+        ({**SEES, "racecheck": ""}, CLEAN, 0, 0, "memcheck 0 errors, racecheck not available"),
     ],
-    ids=["refuses", "blind", "silent"],
-)
-def test_a_sanitizer_that_sees_no_planted_error_says_nothing_of_the_kernels(sanitizer, planted, words):
-    code, said, rows = sanitizer(planted, CLEAN)
-    assert code == compute_sanitizer.UNAVAILABLE
-    assert [row["status"] for row in rows] == ["not available", "not available"]
-    assert said.startswith(f"memcheck not available, does not see a planted error: {words}")
-
-
-def test_one_tool_of_the_sanitizer_is_enough(sanitizer):
-    code, said, _ = sanitizer(SEES | {"racecheck": CLEAN["racecheck"]}, CLEAN)
-    assert code == 0 and said.startswith("memcheck 0 errors, racecheck not available, does not see a planted")
+    ids=["clean", "finds", "crashes", "refuses", "blind", "silent", "one"],
+)  # fmt: skip
+def test_a_sanitizer(planted, kernels, ends, code, said, tmp_path, monkeypatch, capfd):
+    """The tool is a script that says what it is told to of the planted errors, and of the kernels."""
+    for program, words in (("planted", planted), ("kernels", kernels)):
+        for tool, output in words.items():
+            (tmp_path / f"{tool}-{program}").write_text("========= COMPUTE-SANITIZER\n" + output)
+    script = tmp_path / "compute-sanitizer"
+    script.write_text(f"""#!/bin/sh
+cd {tmp_path}
+case "$*" in
+    --version) printf 'NVIDIA (R) Compute Sanitizer\\nVersion 2025.3.1.0\\n' ;;
+    *"-m gatematch.bench.sanitizer planted $2") cat "$2-planted" ;;
+    *"-m gatematch.bench.sanitizer kernels") cat "$2-kernels"; echo "$*" >"$2-arguments"; exit {ends} ;;
+esac
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert sanitizer.run_sanitizer(tmp_path / "sanitizer.json", CPU) == code
+    assert said in capfd.readouterr().out.splitlines()[-1]
+    rows = results.read_results(tmp_path / "sanitizer.json")["rows"]
+    assert [row["version"] for row in rows] == ["Version 2025.3.1.0"] * 2
+    if planted is SEES and kernels is CLEAN:
+        found = {"status": "passed", "hazards": 0, "errors": 0, "warnings": 0}
+        assert rows[1] == {"case": "sanitizer/racecheck", **found, "version": "Version 2025.3.1.0"}
+        memcheck, racecheck = ((tmp_path / f"{tool}-arguments").read_text() for tool in SEES)
+        assert "--padding" in memcheck and "--padding" not in racecheck
 
 
 def test_no_sanitizer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compute_sanitizer, "TOOLKIT", str(tmp_path))
+    monkeypatch.setattr(sanitizer, "TOOLKIT", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    code = compute_sanitizer.main(tmp_path / "sanitizer.json", CPU)
-    assert code == compute_sanitizer.UNAVAILABLE and not list(tmp_path.iterdir())
+    code = sanitizer.run_sanitizer(tmp_path / "sanitizer.json", CPU)
+    assert code == sanitizer.UNAVAILABLE and not list(tmp_path.iterdir())
     assert capsys.readouterr().out == f"compute-sanitizer is not on the PATH, in {tmp_path} or beside nvcc\n"
     nvcc = tmp_path / "toolkit" / "nvcc"
     nvcc.parent.mkdir()
     for path in (nvcc, nvcc.with_name("compute-sanitizer")):
         path.touch(mode=0o755)
     (tmp_path / "nvcc").symlink_to(nvcc)
-    assert compute_sanitizer.find() == str(nvcc.with_name("compute-sanitizer"))
+    assert sanitizer.find() == str(nvcc.with_name("compute-sanitizer"))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -505,19 +469,32 @@ def test_every_kernel_is_watched(arch, monkeypatch):
         launched.setdefault(self.fn.__name__, set()).add(sample.dtype)
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for kernel, sample in sanitized.cases(arch, "cpu"):
-        LAUNCHES[kernel](sample)()
+    for kernel, sample in sanitizer.cases(arch, "cpu"):
+        sanitizer.launch((kernel, sample))
     assert launched.keys() == LAUNCHES.keys() | {"pairwise_centre"}  # which has no configuration
-    assert all(dtypes == set(sanitized.DTYPES) for dtypes in launched.values())
-    watched = [word.removeprefix("kns=") for word in compute_sanitizer.KERNELS[1::2]]
+    assert all(dtypes == set(sanitizer.DTYPES) for dtypes in launched.values())
+    watched = [word.removeprefix("kns=") for word in sanitizer.KERNELS[1::2]]
     names = [*launched, "planted_store", "planted_race"]
     assert all(any(part in name for part in watched) for name in names)
 
 
+def test_the_programs_that_are_watched(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("waited"))
+    monkeypatch.setattr(sanitizer, "plant", lambda *tool: called.append(tool))
+    monkeypatch.setattr(
+        sanitizer, "cases", lambda arch, device: [("kernel", Sample(torch.float16, {}, device=device))]
+    )
+    monkeypatch.setattr(sanitizer, "launch", lambda case: called.append(case[1].device))
+    monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
+    assert sanitizer.main("planted", "memcheck") == sanitizer.main("kernels") == 0
+    assert called == [("memcheck", "cuda:1"), "waited", "cuda:1", "waited"]
+
+
 def test_planted_errors_compile_to_what_they_are():
-    (store,) = compiled("planted_store", "sm_90", lambda: planted.memcheck("cpu"))
-    (race,) = compiled("planted_race", "sm_90", lambda: planted.racecheck("cpu"))
-    assert [binary.metadata.name for binary in (store, race)] == ["planted_store", "planted_race"]
+    (store,) = compiled("planted_store", "sm_90", lambda: sanitizer.plant("memcheck", "cpu"))
+    (race,) = compiled("planted_race", "sm_90", lambda: sanitizer.plant("racecheck", "cpu"))
     assert re.search(r"add\.s64\s.*, 4096;.*st\.global", store.asm["ptx"], re.S), store.asm["ptx"]
     assert re.search(r"st\.volatile\.shared.*ld\.volatile\.shared", race.asm["ptx"], re.S)
     assert "bar.sync" not in race.asm["ptx"] and race.metadata.num_warps > 1
