@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from gatematch.attention import (
@@ -272,22 +271,3 @@ def _cell_row(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return _row(
         "lstm/LSTMCell", "", dtype, ours, exact, [x, h, c, *weights], (RECURRENT[dtype], RECURRENT[dtype])
     )
-
-
-def check_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="check: errors against float64 on the same inputs")
-    for column in ("case", "setting", "dtype"):
-        table.add_column(column)
-    for column in ("error", "bound", "gradient error", "bound"):
-        table.add_column(column, justify="right")
-    bad = failed(rows)
-    for row in rows:
-        numbers = [row[key] for key in ("error", "bound", "gradient_error", "gradient_bound")]
-        table.add_row(
-            row["case"],
-            row["setting"],
-            row["dtype"],
-            *(f"{number:.1e}" for number in numbers),
-            style="bold red" if row in bad else None,
-        )
-    return table

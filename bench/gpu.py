@@ -25,7 +25,6 @@ from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 import torch
-from rich.table import Table
 
 from gatematch.kernels.config import architecture
 
@@ -291,20 +290,3 @@ def _last_words(log: Path) -> str:
 
 def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["status"] in ("failed", "timed out")]
-
-
-def gpu_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="gpu: what only a GPU can show")
-    for column in ("stage", "status", "seconds", "what"):
-        table.add_column(column, justify="right" if column == "seconds" else "left")
-    bad = failed(rows)
-    for row in rows:
-        what = ": ".join(filter(None, (row.get("what"), row.get("reason"))))
-        table.add_row(
-            row["stage"],
-            row["status"],
-            f"{row['seconds']:.0f}",
-            what,
-            style="bold red" if row in bad else None,
-        )
-    return table

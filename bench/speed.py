@@ -22,10 +22,9 @@ from gatematch.kernels.precision import Switch
 from .cases import build, cases_of
 from .check import largest
 from .floors import add_floors
-from .problems import COMPILED, Case, Function, Problem
+from .problems import COMPILED, MODES, Case, Function, Problem
 from .timing import Call, graphed, measure, peak_bytes
 
-MODES = ("forward", "forward+backward")
 # A row counts as wrong when its gradients, relative to the largest, are off by this many times its bound.
 GRADIENT = 10
 # Of an LSTM compiled ahead: its kernels are the same for all numbers of steps that 16 divides.
