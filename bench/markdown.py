@@ -8,7 +8,7 @@ from typing import Any
 
 from . import tables
 from .answers.report import RANKERS, Run, models_table
-from .results import read_results
+from .results import kind_of, read_results
 from .speed_report import speed_tables
 
 
@@ -33,24 +33,15 @@ def markdown(*paths: Path) -> str:
 
 
 def _of_one(path: Path, rows: list[dict[str, Any]]) -> str:
-    if (kind := _kind(rows)) not in _TABLES:
+    if (kind := kind_of(rows)) not in _TABLES:
         raise ValueError(f"results file {path} must come from {', '.join(_TABLES)}; it comes from {kind}")
     return _TABLES[kind](rows)
 
 
 def _run(path: Path, rows: list[dict[str, Any]]) -> Run:
-    if _kind(rows) != "answers":
+    if kind_of(rows) != "answers":
         raise ValueError(f"results file {path} must come from answers, as only these share a table")
     return Run.of(rows)
-
-
-def _kind(rows: list[dict[str, Any]]) -> str:
-    """What the first row comes from."""
-    if "peers" in rows[0]:
-        return "speed"
-    if "gradient_bound" in rows[0]:
-        return "check"
-    return str(rows[0]["case"]).partition("/")[0]
 
 
 def redrawn(page: str, root: Path) -> str:

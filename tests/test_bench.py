@@ -293,14 +293,14 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         '{"meta": {}, "rows": [{"case": "lstm/x", "peers": {}}, {"case": "lstm/x", "peers": {}}]}'
     )
     for arguments, words in (
-        (("speed", "--filter", "nothing-like-it"), "filter must match a case"),
-        (("speed", "--filter", "("), "filter must be a regular expression"),
+        (("speed", "--filter", "nothing-like-it"), "--filter must match a case"),
+        (("speed", "--filter", "("), "--filter must be a regular expression"),
         (("check", "--device", "warp"), "device must be one that torch can use here"),
         (("plot", tmp_path / "none.json"), "does not exist"),
         (("plot", broken), "is not JSON"),
         (("plot", no_rows), "must hold"),
         (("plot", wrong_rows), "must hold"),
-        (("plot", no_peers), "must come from answers or speed"),
+        (("plot", no_peers), "must come from answers, speed, hessian"),
         (("plot", no_ours), "lacks what a picture needs"),
         (("overview", tmp_path), f"results file {tmp_path / 'answers.json'} does not exist"),
         (("table", no_peers), "must come from answers, speed, check, kernels, hessian, gpu, barrier"),
