@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import re
 import runpy
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -163,11 +165,14 @@ def test_measure_and_peak_bytes():
     assert 3 << 20 <= megabytes < 4 << 20
 
 
-def test_results_are_written_whole_or_not_at_all(tmp_path):
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_results(path, {"device": "cpu"}, [{"case": "x"}])
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_results(path, {}, [{"case": CPU}])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
+        write_results(path, {}, [{"case": "y"}])
     assert read_results(path)["rows"] == [{"case": "x"}]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
     write_results(
