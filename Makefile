@@ -10,7 +10,7 @@ PIP_ARGS ?=
 # More options of the command, as in: make bench ARGS=--resume
 ARGS ?=
 
-.PHONY: help bench speed check kernels roofline test test-all slow newest lint docs docs-check gpu clean
+.PHONY: help bench speed check kernels test test-all slow newest lint docs docs-check gpu clean
 
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
@@ -19,7 +19,6 @@ help:
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
 	@echo "make kernels   what each kernel compiles to, per architecture: registers, spills, tensor-core instructions"
-	@echo "make roofline  what a step of the LSTM should cost on an H200, on paper"
 	@echo "make newest    the kernels compiled with the newest Triton, beside the one in constraints.txt"
 	@echo "make lint      ruff, mypy on the installed package, and whether the sdist is complete"
 	@echo "make docs      the documentation as a site in $(OUT)/site; make docs-check opens its pages in Chromium"
@@ -72,9 +71,6 @@ test-all: $(VENV)/for-test
 
 slow: $(VENV)/for-test
 	$(PYTEST) -m "slow and not gpu and not site"
-
-roofline: $(VENV)/for-bench
-	$(RUN) -m gatematch.bench roofline --json $(OUT)/roofline.json $(ARGS)
 
 newest: $(VENV)/for-test
 	rm -rf $(VENV)/newest

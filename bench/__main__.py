@@ -12,7 +12,17 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f'gatematch-bench needs {missing.name}: pip install "gatematch[bench]"') from None
 
-from gatematch.bench.console import Device, Json, app, one_sentence_errors, ready, save, show, usable_device
+from gatematch.bench.console import (
+    Device,
+    Json,
+    app,
+    one_sentence_errors,
+    ready,
+    save,
+    show,
+    usable_device,
+    within_bounds,
+)
 
 
 @app.command()
@@ -60,17 +70,15 @@ def answers(
 @app.command()
 def check(device: Device = "cpu", json: Json = None) -> None:
     """Every op and module against float64; exit code 1 when an error is past its bound."""
-    from gatematch.bench.check import check_table, failed, run_check
+    from gatematch.bench import tables
+    from gatematch.bench.check import failed, run_check
 
     with one_sentence_errors():
         where = ready(device, json)
         rows = run_check(where)
-    show(check_table(rows))
+    show(tables.check(rows))
     save(json, where, rows)
-    if bad := failed(rows):
-        typer.echo(f"{len(bad)} of {len(rows)} are past their bound", err=True)
-        raise typer.Exit(1)
-    typer.echo(f"all {len(rows)} within their bounds")
+    within_bounds(rows, failed(rows))
 
 
 @app.command()
@@ -87,7 +95,7 @@ def speed(
     when one of ours is wrong."""
     from gatematch.bench.results import describe_machine, write_results
     from gatematch.bench.speed import call_once, chosen, in_turns, run_speed
-    from gatematch.bench.speed_report import faults, speed_summary, speed_table
+    from gatematch.bench.speed_report import faults, speed_tables
 
     with one_sentence_errors():
         where = ready(device, json)
@@ -107,12 +115,11 @@ def speed(
                 write_results(json, meta, rows)
 
         rows = run_speed(cases, where, seconds, compiled, more.get("ceilings"), keep)
-    show(speed_table(rows))
-    for line in speed_summary(rows):
-        typer.echo(line)
+    show(speed_tables(rows))
     if json is not None:
         typer.echo(f"results: {json}")
-    if faults(rows):
+    if bad := faults(rows):
+        typer.echo(f"{len(bad)} of {len(rows)} rows are wrong or failed", err=True)
         raise typer.Exit(1)
 
 
@@ -130,42 +137,17 @@ def kernels(
     """What every kernel compiles to, without a GPU; exit code 1 when one spills or does not fit."""
     with one_sentence_errors():
         where = ready("cpu", json)
-        from gatematch.bench.kernels import ARCHITECTURES, faults, kernels_table, run_kernels
+        from gatematch.bench import tables
+        from gatematch.bench.kernels import ARCHITECTURES, faults, run_kernels
 
         rows = run_kernels(arch or list(ARCHITECTURES), filter, jobs)
-    show(kernels_table(rows))
+    show(tables.kernels(rows))
     save(json, where, rows)
     bad = [(row["case"], fault) for row in rows for fault in faults(row)]
     for case, fault in bad:
         typer.echo(f"{case}: {fault}", err=True)
     if bad:
         raise typer.Exit(1)
-
-
-@app.command()
-def roofline(
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="bfloat16, tf32 or float32 (three TF32 passes); may be repeated. Default: all."),
-    ] = None,
-    backward: Annotated[
-        bool | None, typer.Option("--backward/--forward", help="One direction only; default: both.")
-    ] = None,
-    json: Json = None,
-) -> None:
-    """What the LSTM's kernels should cost a time step on an H200: a model on paper, nothing is measured."""
-    from dataclasses import asdict
-
-    from gatematch.bench.predictions import roofline_table, run_roofline, summary
-    from gatematch.bench.roofline import DTYPES, H200
-
-    with one_sentence_errors():
-        where = ready("cpu", json)
-        rows = run_roofline(H200, tuple(dtype or DTYPES), backward)
-    show(roofline_table(H200, rows))
-    for line in summary(H200, rows):
-        typer.echo(line)
-    save(json, where, rows, model=asdict(H200))
 
 
 @app.command("hessian")
@@ -188,7 +170,8 @@ def curvature(
 ) -> None:
     """The Hessian of the answer matcher before and after training (largest eigenvalues, trace, density),
     the whole one of a small LSTM gate by gate, and what a matrix and a product cost. Runs on the CPU."""
-    from gatematch.bench.hessian import Options, hessian_table, run_hessian
+    from gatematch.bench import tables
+    from gatematch.bench.hessian import Options, run_hessian
     from gatematch.bench.plots import draw
     from gatematch.bench.results import writable
 
@@ -197,7 +180,7 @@ def curvature(
         writable("pictures in --out", out / "hessian.svg")
         where = ready("cpu", results)
         rows = run_hessian(Options(checkpoint, epochs, questions, seed), typer.echo)
-        show(hessian_table(rows))
+        show(tables.hessian(rows))
         save(results, where, rows)
         typer.echo(f"pictures: {', '.join(map(str, draw(results, out)))}")
 
@@ -238,8 +221,8 @@ def table(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="A results file of `answers`, `speed`, `kernels`, `roofline`, `hessian`, `gpu`, `barrier`, "
-            "`expansion` or an example, or several of `answers`."
+            help="A results file of `answers`, `speed`, `kernels`, `hessian`, `gpu`, `barrier`, `expansion` "
+            "or an example, or several of `answers`."
         ),
     ],
 ) -> None:

@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from gatematch.kernels.cooperative import arrive, wait_for
@@ -189,18 +188,3 @@ def events(setting: Setting, steps: int, device: torch.device) -> tuple[torch.cu
     launch()
     end.record()
     return start, end
-
-
-def barrier_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="barrier: ns a step")
-    for column in ("variant", "programs", "warps", "ns", "± ns"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for row in rows:
-        table.add_row(
-            row["variant"],
-            str(row["programs"]),
-            str(row["warps"]),
-            f"{row['ns']:.0f}",
-            f"{row['spread']:.0f}",
-        )
-    return table

@@ -1,4 +1,4 @@
-"""The cases of `gatematch-bench speed`: of a CPU, where pytest-benchmark has them too, and of a GPU."""
+"""The cases of `gatematch-bench speed`: of a CPU, and of a GPU."""
 
 from __future__ import annotations
 

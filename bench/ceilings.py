@@ -6,16 +6,14 @@ minutes before says how much is left.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from triton.testing import do_bench
 
 from gatematch.kernels.precision import library_products
-
-from .timing import device_seconds
 
 _COPIED = 1 << 32  # bytes
 _SIDE = 8192  # of the square matrices
@@ -34,40 +32,37 @@ def roots(x_ptr, y_ptr, number, BLOCK: tl.constexpr):
 
 def ceilings(device: torch.device) -> dict[str, float]:
     """Rates a second: `bytes` read and written, the `flops` of each kind of product, and `specials`."""
-    rates = {"bytes": _copy(device)}
-    for name, dtype, precision in (
-        ("bfloat16", torch.bfloat16, "ieee"),
-        ("float16", torch.float16, "ieee"),
-        ("tf32", torch.float32, "tf32"),
-        ("float32", torch.float32, "ieee"),
-    ):
-        rates[f"{name}_flops"] = _product(device, dtype, precision)
-    return rates | {"specials": _specials(device)}
+    with torch.cuda.device(device):
+        rates = {"bytes": _copy(device)}
+        for name, dtype, precision in (
+            ("bfloat16", torch.bfloat16, "ieee"),
+            ("float16", torch.float16, "ieee"),
+            ("tf32", torch.float32, "tf32"),
+            ("float32", torch.float32, "ieee"),
+        ):
+            rates[f"{name}_flops"] = _product(device, dtype, precision)
+        return rates | {"specials": _specials(device)}
 
 
-def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.2) -> float:
-    """The shortest of many calls: the first ones bring the clocks up."""
-    end, times = time.perf_counter() + seconds, []
-    while len(times) < 5 or time.perf_counter() < end:
-        times.append(device_seconds(function, device))
-    return min(times)
+def _best(function: Callable[[], object]) -> float:
+    """Seconds of the shortest of many calls: the first ones bring the clocks up."""
+    return float(do_bench(function, warmup=100, rep=200, return_mode="min")) / 1e3
 
 
 def _copy(device: torch.device) -> float:
     source = torch.empty(_COPIED, dtype=torch.int8, device=device).random_(-128, 127)
     target = torch.empty_like(source)
-    return 2 * _COPIED / _best(lambda: target.copy_(source), device)
+    return 2 * _COPIED / _best(lambda: target.copy_(source))
 
 
 def _product(device: torch.device, dtype: torch.dtype, precision: str) -> float:
     x, y = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))  # zeros would be faster
     with library_products("cuda", precision):
-        return 2 * _SIDE**3 / _best(lambda: x @ y, device)
+        return 2 * _SIDE**3 / _best(lambda: x @ y)
 
 
 def _specials(device: torch.device) -> float:
     programs, block = 64 * torch.cuda.get_device_properties(device).multi_processor_count, 1024
     x = torch.rand(programs * block, device=device) + 0.5
     y = torch.empty_like(x)
-    seconds = _best(lambda: roots[(programs,)](x, y, _ROOTS, BLOCK=block, num_warps=4), device)
-    return x.numel() * _ROOTS / seconds
+    return x.numel() * _ROOTS / _best(lambda: roots[(programs,)](x, y, _ROOTS, BLOCK=block, num_warps=4))

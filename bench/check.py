@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from gatematch.attention import (
@@ -39,8 +39,6 @@ RECURRENT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, tor
 
 # Processes that compile on a GPU: beside them there may be other stages.
 _SHARES = 8
-Outputs = tuple[Tensor, ...]
-Row = Callable[[], dict[str, Any]]
 
 
 def run_check(device: torch.device) -> list[dict[str, Any]]:
@@ -50,19 +48,13 @@ def run_check(device: torch.device) -> list[dict[str, Any]]:
 
         print(compile_ahead(range(_SHARES), partial(some_rows, of=_SHARES, device=device), device))
     torch.manual_seed(0)
-    return [row() for row in track(_rows(device), description="check", transient=True)]
+    return [check.row() for check in track(_checks(device), description="check", transient=True)]
 
 
 def some_rows(first: int, of: int, device: torch.device) -> None:
     """One row of so many, for what it compiles."""
-    for row in islice(_rows(device), first, None, of):
-        row()
-
-
-def _rows(device: torch.device) -> Iterator[Row]:
-    """Each to be called before the next one is asked for."""
-    yield from _pairwise_rows(device)
-    yield from _lstm_rows(device)
+    for check in islice(_checks(device), first, None, of):
+        check.row()
 
 
 def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,42 +66,56 @@ def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _row(
-    case: str,
-    setting: str,
-    dtype: torch.dtype,
-    ours: Callable[..., Outputs],
-    exact: Callable[..., Outputs],
-    inputs: list[Tensor],
-    bounds: tuple[float, float],
-    absolute: bool = False,
-    exact_inputs: list[Tensor] | None = None,
-) -> dict[str, Any]:
-    """Compare outputs and the gradients w.r.t. `inputs`; `exact` gets them in float64."""
-    mine = [tensor.detach().requires_grad_() for tensor in inputs]
-    true = [tensor.detach().double().requires_grad_() for tensor in exact_inputs or inputs]
-    row = {
-        "case": case,
-        "setting": setting,
-        "dtype": str(dtype).removeprefix("torch."),
-        "bound": bounds[0],
-        "gradient_bound": bounds[1],
-    }
-    try:
-        got, want = ours(*mine), exact(*true)
-        upstream = [torch.randn_like(y) for y in got]
-        grads = torch.autograd.grad(got, mine, upstream)
-        true_grads = torch.autograd.grad(want, true, [g.double() for g in upstream])
-        return row | {
-            "error": largest(_error(x, y, absolute) for x, y in zip(got, want, strict=True)),
-            "gradient_error": largest(_error(x, y, False) for x, y in zip(grads, true_grads, strict=True)),
+@dataclass(frozen=True)
+class Check:
+    """A function, and the same in float64: what they give, and its gradients, of inputs and parameters."""
+
+    case: str
+    setting: str
+    ours: Callable[..., Any]
+    exact: Callable[..., Any]
+    inputs: Sequence[Tensor]
+    bounds: tuple[float, float]  # of the outputs' errors and of the gradients'
+    absolute: bool = False
+    parameters: Sequence[Tensor] = ()
+    exact_parameters: Sequence[Tensor] = ()
+
+    def row(self) -> dict[str, Any]:
+        inputs = [tensor.detach().requires_grad_() for tensor in self.inputs]
+        doubled = [tensor.detach().double().requires_grad_() for tensor in self.inputs]
+        row = {
+            "case": self.case,
+            "setting": self.setting,
+            "dtype": str(inputs[0].dtype).removeprefix("torch."),
+            "bound": self.bounds[0],
+            "gradient_bound": self.bounds[1],
         }
-    except Exception as failure:
-        if not inputs[0].is_cuda:
-            raise
-        # A kernel that cannot be compiled or launched is no reason to lose the other rows.
-        nan = float("nan")
-        return row | {"error": nan, "gradient_error": nan, "reason": f"{type(failure).__name__}: {failure}"}
+        try:
+            got, want = _all(self.ours(*inputs)), _all(self.exact(*doubled))
+            upstream = [torch.randn_like(y) for y in got]
+            grads = torch.autograd.grad(got, [*inputs, *self.parameters], upstream)
+            exact_upstream = [g.double() for g in upstream]
+            true_grads = torch.autograd.grad(want, [*doubled, *self.exact_parameters], exact_upstream)
+            return row | {
+                "error": largest(_error(x, y, self.absolute) for x, y in zip(got, want, strict=True)),
+                "gradient_error": largest(
+                    _error(x, y, False) for x, y in zip(grads, true_grads, strict=True)
+                ),
+            }
+        except Exception as failure:
+            if not inputs[0].is_cuda:
+                raise
+            # A kernel that cannot be compiled or launched is no reason to lose the other rows.
+            nan = float("nan")
+            return row | {
+                "error": nan,
+                "gradient_error": nan,
+                "reason": f"{type(failure).__name__}: {failure}",
+            }
+
+
+def _all(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def largest(errors: Iterable[float]) -> float:
@@ -122,6 +128,14 @@ def _error(got: Tensor, want: Tensor, absolute: bool) -> float:
     return error if absolute else error / max(float(want.detach().abs().max()), 1e-30)
 
 
+def _checks(device: torch.device) -> Iterator[Check]:
+    """Each to be asked for its row before the next one is made."""
+    for dtype in DTYPES:
+        yield from _pairwise(dtype, device)
+    for dtype in DTYPES:
+        yield from _lstm(dtype, device)
+
+
 def _rows_at_distances(
     D: int, offset: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -131,79 +145,43 @@ def _rows_at_distances(
     return (q.flatten(1, 2) + offset).to(device, dtype), (a + offset).to(device, dtype)
 
 
-def _pairwise_rows(device: torch.device) -> Iterator[Row]:
-    for dtype in DTYPES:
-        scores, relative = (SCORE[dtype], RELATIVE[dtype]), (RELATIVE[dtype], RELATIVE[dtype])
-        for D in (1, 7, 50, 300, 768, 4096):
-            for offset in (0.0, 10.0):
-                yield partial(
-                    _row,
-                    "pairwise/attention",
-                    f"D {D}, distances 0 to 100" + (f", offset {offset:g}" if offset else ""),
-                    dtype,
-                    lambda q, a: (pairwise_attention(q, a),),
-                    lambda q, a: (pairwise_attention_reference(q, a),),
-                    list(_rows_at_distances(D, offset, dtype, device)),
-                    scores,
-                    absolute=True,
-                )
-        q, a = _rows_at_distances(50, 0.0, dtype, device)
-        v = torch.randn(*a.shape[:2], 65, device=device, dtype=dtype)
-        lengths = torch.tensor([q.shape[1], 3], device=device), torch.tensor([0, 4], device=device)
-        yield partial(
-            _row,
-            "pairwise/PairwiseAttention",
-            "lengths",
-            dtype,
-            lambda q, a: (PairwiseAttention()(q, a, *lengths),),  # noqa: B023 (called at once)
-            lambda q, a: (pairwise_attention_reference(q, a, *lengths),),  # noqa: B023
-            [q, a],
-            scores,
-            absolute=True,
+def _pairwise(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
+    scores, relative = (SCORE[dtype], RELATIVE[dtype]), (RELATIVE[dtype], RELATIVE[dtype])
+    functions: tuple[Callable[..., Any], Callable[..., Any]]
+    for D, offset in product((1, 7, 50, 300, 768, 4096), (0.0, 10.0)):
+        setting = f"D {D}, distances 0 to 100" + (f", offset {offset:g}" if offset else "")
+        inputs = _rows_at_distances(D, offset, dtype, device)
+        functions = pairwise_attention, pairwise_attention_reference
+        yield Check("pairwise/attention", setting, *functions, inputs, scores, absolute=True)
+    q, a = _rows_at_distances(50, 0.0, dtype, device)
+    v = torch.randn(*a.shape[:2], 65, device=device, dtype=dtype)
+    no_lengths: dict[str, Any] = {}
+    lengths: dict[str, Any] = {
+        "q_lengths": torch.tensor([q.shape[1], 3], device=device),
+        "a_lengths": torch.tensor([0, 4], device=device),
+    }
+    functions = partial(PairwiseAttention(), **lengths), partial(pairwise_attention_reference, **lengths)
+    yield Check("pairwise/PairwiseAttention", "lengths", *functions, (q, a), scores, absolute=True)
+    for normalize, given in product((None, "rows"), (no_lengths, lengths)):
+        setting = f"normalize {normalize}{', lengths' if given else ''}"
+        functions = (
+            partial(pairwise_attend, normalize=normalize, **given),
+            partial(pairwise_attend_reference, normalize=normalize, **given),
         )
-        no_lengths: dict[str, Any] = {}
-        both: dict[str, Any] = {"q_lengths": lengths[0], "a_lengths": lengths[1]}
-        for normalize in (None, "rows"):
-            for given in (no_lengths, both):
-                yield partial(
-                    _row,
-                    "pairwise/attend",
-                    f"normalize {normalize}{', lengths' if given else ''}",
-                    dtype,
-                    lambda q, a, v: (pairwise_attend(q, a, v, normalize, **given),),  # noqa: B023
-                    lambda q, a, v: (pairwise_attend_reference(q, a, v, normalize=normalize, **given),),  # noqa: B023
-                    [q, a, v],
-                    relative,
-                )
-        for given in (no_lengths, both):
-            yield partial(
-                _row,
-                "pairwise/sums",
-                "lengths" if given else "",
-                dtype,
-                lambda q, a: pairwise_sums(q, a, **given),  # noqa: B023
-                lambda q, a: pairwise_sums_reference(q, a, **given),  # noqa: B023
-                [q, a],
-                relative,
-            )
-        features = AttentionFeatures(64, 33, device=device, dtype=dtype)
-        exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
-        exact.load_state_dict(features.state_dict())
-        doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
-        for given in (no_lengths, both):
-            yield partial(
-                _row,
-                "pairwise/AttentionFeatures",
-                "lengths" if given else "",
-                dtype,
-                lambda q, a: features(q, a, **given),  # noqa: B023
-                lambda q, a: exact(q, a, **given),  # noqa: B023
-                [q, a],
-                doubled,
-            )
+        yield Check("pairwise/attend", setting, *functions, (q, a, v), relative)
+    for given in (no_lengths, lengths):
+        functions = partial(pairwise_sums, **given), partial(pairwise_sums_reference, **given)
+        yield Check("pairwise/sums", "lengths" if given else "", *functions, (q, a), relative)
+    features = AttentionFeatures(64, 33, device=device, dtype=dtype)
+    exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
+    exact.load_state_dict(features.state_dict())
+    doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
+    for given in (no_lengths, lengths):
+        functions = partial(features, **given), partial(exact, **given)
+        yield Check("pairwise/AttentionFeatures", "lengths" if given else "", *functions, (q, a), doubled)
 
 
-def _lstm_rows(device: torch.device) -> Iterator[Row]:
+def _lstm(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     settings: dict[str, dict[str, Any]] = {
         "1 layer": {},
         "2 layers, bidirectional": {"num_layers": 2, "bidirectional": True},
@@ -213,81 +191,47 @@ def _lstm_rows(device: torch.device) -> Iterator[Row]:
         "lengths": {"lengths": True},
         "lengths, bidirectional, all cells": {"lengths": True, "bidirectional": True, "return_cells": True},
     }
-    for dtype in DTYPES:
-        for setting, options in settings.items():
-            yield partial(_lstm_row, setting, options, dtype, device)
-        yield partial(_cell_row, dtype, device)
-
-
-def _lstm_row(
-    setting: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+    bounds = RECURRENT[dtype], RECURRENT[dtype]
     T, B, I, H = 31, 5, 33, 65
-    options = dict(options)
-    return_cells = options.pop("return_cells", False)
-    lengths = torch.tensor([31, 1, 0, 17, 30], device=device) if options.pop("lengths", False) else None
-    model = LSTM(I, H, device=device, dtype=dtype, **options)
-    exact = LSTM(I, H, device=device, dtype=torch.float64, **options)
-    exact.load_state_dict(model.state_dict())
-    parameters, exact_parameters = dict(model.named_parameters()), dict(exact.named_parameters())
-
-    def call(module: LSTM, through_reference: bool) -> Callable[..., Outputs]:
-        def function(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Outputs:
-            named = dict(zip(parameters, weights, strict=True))
-            options = {"lengths": lengths, "return_cells": return_cells or through_reference}
-            y, states, *cells = torch.func.functional_call(module, named, (x, (h, c)), options)
-            return (y, *states, *(cells if return_cells else ()))
-
-        return function
-
-    x = torch.randn(*((B, T) if model.batch_first else (T, B)), I, device=device, dtype=dtype)
-    cells = model.num_layers * (2 if model.bidirectional else 1)
-    state = [torch.randn(cells, B, n, device=device, dtype=dtype) for n in (model.proj_size or H, H)]
-    return _row(
-        "lstm/LSTM",
-        setting,
-        dtype,
-        call(model, False),
-        call(exact, True),
-        [x, *state, *parameters.values()],
-        (RECURRENT[dtype], RECURRENT[dtype]),
-        exact_inputs=[x, *state, *exact_parameters.values()],
-    )
-
-
-def _cell_row(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    for setting, options in settings.items():
+        of_module = {
+            name: value for name, value in options.items() if name not in ("lengths", "return_cells")
+        }
+        model, exact = (LSTM(I, H, device=device, dtype=of, **of_module) for of in (dtype, torch.float64))
+        exact.load_state_dict(model.state_dict())
+        x = torch.randn(*((B, T) if model.batch_first else (T, B)), I, device=device, dtype=dtype)
+        cells = model.num_layers * (2 if model.bidirectional else 1)
+        h, c = (torch.randn(cells, B, n, device=device, dtype=dtype) for n in (model.proj_size or H, H))
+        yield Check(
+            "lstm/LSTM",
+            setting,
+            partial(_layer, model, options, False),
+            partial(_layer, exact, options, True),
+            (x, h, c),
+            bounds,
+            parameters=list(model.parameters()),
+            exact_parameters=list(exact.parameters()),
+        )
     cell = LSTMCell(33, 65, device=device, dtype=dtype)
     x, h, c = (torch.randn(5, size, device=device, dtype=dtype) for size in (33, 65, 65))
-    names, weights = zip(*cell.named_parameters(), strict=True)
-
-    def ours(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Outputs:
-        result: Outputs = torch.func.functional_call(
-            cell, dict(zip(names, weights, strict=True)), (x, (h, c))
-        )
-        return result
-
-    def exact(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Outputs:
-        return lstm_cell_reference(x, (h, c), *weights)
-
-    return _row(
-        "lstm/LSTMCell", "", dtype, ours, exact, [x, h, c, *weights], (RECURRENT[dtype], RECURRENT[dtype])
+    weights = [weight.detach().double().requires_grad_() for weight in cell.parameters()]
+    yield Check(
+        "lstm/LSTMCell",
+        "",
+        lambda x, h, c: cell(x, (h, c)),
+        lambda x, h, c: lstm_cell_reference(x, (h, c), *weights),
+        (x, h, c),
+        bounds,
+        parameters=list(cell.parameters()),
+        exact_parameters=weights,
     )
 
 
-def check_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="check: errors against float64 on the same inputs")
-    for column in ("case", "setting", "dtype"):
-        table.add_column(column)
-    for column in ("error", "bound", "gradient error", "bound"):
-        table.add_column(column, justify="right")
-    bad = failed(rows)
-    for row in rows:
-        numbers = [row[key] for key in ("error", "bound", "gradient_error", "gradient_bound")]
-        table.add_row(
-            row["case"],
-            row["setting"],
-            row["dtype"],
-            *(f"{number:.1e}" for number in numbers),
-            style="bold red" if row in bad else None,
-        )
-    return table
+def _layer(
+    module: LSTM, options: dict[str, Any], exact: bool, x: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, ...]:
+    lengths = torch.tensor([31, 1, 0, 17, 30], device=x.device) if "lengths" in options else None
+    wanted = "return_cells" in options
+    # What is asked for its cells, too, goes through the reference.
+    y, states, *cells = module(x, (h, c), lengths=lengths, return_cells=wanted or exact)
+    return (y, *states, *(cells if wanted else ()))

@@ -14,7 +14,6 @@ import gatematch
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
 app = typer.Typer(
     help="Benchmarks of gatematch: LSTM and pairwise attention beside PyTorch's own.",
@@ -54,11 +53,26 @@ def one_sentence_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def show(table: Table) -> None:
-    """A pipe has no width of its own: give the table room there."""
+def show(table: str) -> None:
+    """A table in Markdown: drawn in a terminal, and as it is in a pipe or a file."""
+    if not sys.stdout.isatty():
+        typer.echo(table)
+        return
     from rich.console import Console
+    from rich.markdown import Markdown
 
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    Console().print(Markdown(table))
+
+
+def within_bounds(rows: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
+    """Say so; or name the rows that are not, and end with exit code 1."""
+    for row in bad:
+        name = " ".join(filter(None, (row["case"], row.get("setting"), row.get("dtype"))))
+        typer.echo(f"past its bound: {name}" + (f": {row['reason']}" if "reason" in row else ""), err=True)
+    if bad:
+        typer.echo(f"{len(bad)} of {len(rows)} are past their bound", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"all {len(rows)} within their bounds")
 
 
 def ready(device: str, json: Path | None) -> torch.device:

@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from gatematch.kernels import config
@@ -294,32 +293,3 @@ def compile_some(chosen: list[tuple[Path, int]], device: torch.device) -> None:
 def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows past their bound, by what c leaves or by what was seen; a NaN is past every bound."""
     return [row for row in rows if not (row["left"] <= row["bound"] and row["error"] <= row["bound"])]
-
-
-def expansion_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"expansion: the error of d² and of S, with TAU = {TAU.value:g}")
-    for column in ("path", "D", "c", "left in S", "error of S", "bound", "TAU for 1e-6"):
-        table.add_column(column, justify="left" if column == "path" else "right")
-    bad = failed(rows)
-    for row in rows:
-        table.add_row(
-            row["path"],
-            str(row["D"]),
-            f"{row['c']:.1f}",
-            *(f"{row[key]:.1e}" for key in ("left", "error", "bound")),
-            f"{row['tau_needed']:.3f}",
-            style="bold red" if row in bad else None,
-        )
-    return table
-
-
-def expansion_summary(rows: list[dict[str, Any]]) -> list[str]:
-    """The largest c of each path, and the TAU that it needs."""
-    lines = []
-    for path in dict.fromkeys(row["path"] for row in rows):
-        worst = max((row for row in rows if row["path"] == path), key=lambda row: row["c"])
-        lines.append(
-            f"{path}: c up to {worst['c']:.1f} (D {worst['D']}), an error of 1e-6 in S needs TAU"
-            f" {worst['tau_needed']:.3f}"
-        )
-    return lines

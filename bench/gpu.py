@@ -25,12 +25,11 @@ from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 import torch
-from rich.table import Table
 
 from gatematch.kernels.config import architecture
 
-from .compute_sanitizer import UNAVAILABLE
 from .results import describe_machine, read_results, write_results
+from .sanitizer import UNAVAILABLE
 
 CORES = os.cpu_count() or 1
 # Each has a context of its own on the device.
@@ -60,7 +59,7 @@ STAGES = {
     ),
     "check": _bench("check", "--device", "cuda"),
     "expansion": _bench("expansion", "--device", "cuda"),
-    "sanitizer": ("-m", "gatematch.bench.compute_sanitizer", "{results}"),
+    "sanitizer": ("-m", "gatematch.bench.sanitizer", "{results}"),
     "determinism": _pytest("same_bits"),
     "barrier": _bench("barrier", "--device", "cuda"),
     "speed-lstm": _speed("lstm/"),
@@ -291,20 +290,3 @@ def _last_words(log: Path) -> str:
 
 def failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["status"] in ("failed", "timed out")]
-
-
-def gpu_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="gpu: what only a GPU can show")
-    for column in ("stage", "status", "seconds", "what"):
-        table.add_column(column, justify="right" if column == "seconds" else "left")
-    bad = failed(rows)
-    for row in rows:
-        what = ": ".join(filter(None, (row.get("what"), row.get("reason"))))
-        table.add_row(
-            row["stage"],
-            row["status"],
-            f"{row['seconds']:.0f}",
-            what,
-            style="bold red" if row in bad else None,
-        )
-    return table

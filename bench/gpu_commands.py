@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gatematch.bench.console import Gpu, Json, app, one_sentence_errors, ready, save, show
+from gatematch.bench.console import Gpu, Json, app, one_sentence_errors, ready, save, show, within_bounds
 
 
 @app.command()
@@ -42,10 +42,11 @@ def barrier(device: Gpu = "cuda", json: Json = None) -> None:
     """What a barrier over a grid of programs costs on this GPU, alone and with an exchange around it."""
     with one_sentence_errors():
         where = ready(device, json)
-        from gatematch.bench.barrier import barrier_table, run_barrier
+        from gatematch.bench import tables
+        from gatematch.bench.barrier import run_barrier
 
         rows = run_barrier(where)
-    show(barrier_table(rows))
+    show(tables.barrier(rows))
     save(json, where, rows)
 
 
@@ -54,16 +55,13 @@ def expansion(device: Gpu = "cuda", json: Json = None) -> None:
     """How exact distances from products of tensor cores are; exit code 1 when an error is past its bound."""
     with one_sentence_errors():
         where = ready(device, json)
-        from gatematch.bench.expansion import expansion_summary, expansion_table, failed, run_expansion
+        from gatematch.bench import tables
+        from gatematch.bench.expansion import failed, run_expansion
 
         rows = run_expansion(where)
-    show(expansion_table(rows))
-    for line in expansion_summary(rows):
-        typer.echo(line)
+    show(tables.expansion(rows))
     save(json, where, rows)
-    if bad := failed(rows):
-        typer.echo(f"{len(bad)} of {len(rows)} are past their bound", err=True)
-        raise typer.Exit(1)
+    within_bounds(rows, failed(rows))
 
 
 @app.command()
@@ -83,10 +81,11 @@ def gpu(
     """
     with one_sentence_errors():
         where = ready("cuda", json)
-        from gatematch.bench.gpu import failed, gpu_table, run_gpu
+        from gatematch.bench import tables
+        from gatematch.bench.gpu import failed, run_gpu
 
         rows = run_gpu(where, stage or [], json, limit, tests)
-    show(gpu_table(rows))
+    show(tables.stages(rows))
     typer.echo(f"results: {json}")
     if failed(rows):
         raise typer.Exit(1)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
@@ -38,7 +37,6 @@ SMALL_STEPS = 300
 MATRIX = {"T": 16, "B": 8, "I": 10, "H": 17}
 PRODUCT = {"T": 16, "B": 8, "I": 354, "H": 354}
 PRODUCT_SECONDS = 20.0
-COLUMNS = ("Hessian of", "P", "result")
 
 
 @dataclass(frozen=True)
@@ -278,44 +276,3 @@ def _about(case: str, shape: dict[str, int], made: Tensor) -> dict[str, Any]:
 
 def _rounded(values: Sequence[float] | np.ndarray, digits: int = 6) -> list[float]:
     return [float(f"{value:.{digits}g}") for value in values]
-
-
-def cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """What a table shows of each row: what it is of, its parameters P, and the result."""
-    described = [(row, *_described(row)) for row in rows]
-    return [(name, f"{row['parameters']:,}", result) for row, name, result in described]
-
-
-def _described(row: dict[str, Any]) -> tuple[str, str]:
-    case, dtype = row["case"], row["dtype"]
-    if case.startswith("hessian/matcher/"):
-        when = f"after epoch {row['epoch']}" if row["epoch"] else "initial weights"
-        largest = ", ".join(f"{value:.2f}" for value in row["eigenvalues"]["largest"])
-        lowest, mean, error = (
-            row["eigenvalues"]["smallest"][0],
-            row["trace"]["value"],
-            row["trace"]["standard_error"],
-        )
-        return f"answer matcher, {when}, {dtype}", (
-            f"loss {row['loss']:.2f}; largest eigenvalues {largest}, smallest {lowest:.2f}; "
-            f"trace {mean:.1f} ± {error:.1f}"
-        )
-    if case == "hessian/lstm":
-        sizes = f"{row['shape']['I']} inputs, {row['shape']['H']} hidden"
-        return f"LSTM of {sizes}, {dtype}", f"loss {row['loss_before']:.2g}, then {row['loss']:.2g}"
-    if case == "hessian/cost/matrix":
-        return f"whole matrix, LSTM, {dtype}", f"{row['seconds']:.1f} s"
-    product, operator = row["hvp"], row["operator"]
-    return f"one product, LSTM, {dtype}", (
-        f"{product['median']:.0f} ms, {product['ratio']:.2f} of the time of two gradients through "
-        f"the reference; of an operator {operator['median']:.0f} ms, {operator['ratio']:.2f}"
-    )
-
-
-def hessian_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="hessian: P parameters, a matrix of P × P")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column == "P" else "left")
-    for row in cells(rows):
-        table.add_row(*row)
-    return table

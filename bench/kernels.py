@@ -24,7 +24,6 @@ from unittest import mock
 import torch
 import triton
 from rich.progress import track
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -233,29 +232,3 @@ def faults(row: Mapping[str, Any]) -> list[str]:
     if row["tensor_core_products"] and not row["tensor_core_instructions"]:
         found.append("no tensor-core instruction")
     return found
-
-
-def kernels_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"kernels: what Triton {triton.__version__} compiles")
-    for column in ("kernel", "arch", "dtype", "config", "variant"):
-        table.add_column(column)
-    numbers = {
-        "registers": "registers",
-        "spills": "spills",
-        "shared bytes": "shared_bytes",
-        "tensor core": "tensor_core_instructions",
-        "instructions": "instructions",
-    }
-    for column in numbers:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row["kernel"],
-            row["arch"],
-            row["dtype"],
-            _described({name.removeprefix("BLOCK_"): value for name, value in row["config"].items()}),
-            row["variant"],
-            *(str(row[key]) for key in numbers.values()),
-            style="bold red" if faults(row) else None,
-        )
-    return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +27,8 @@ from gatematch.kernels.pairwise_parts import parts_of
 from gatematch.kernels.pairwise_prepare import Side, prepare
 from gatematch.kernels.pairwise_split import parts_for, split_rows
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
+
+from .results import matches
 
 
 @dataclass(frozen=True)
@@ -311,17 +312,14 @@ def entries(archs: Iterable[str], pattern: str) -> list[Entry]:
     Raises:
         ValueError: if none does, or the pattern is not one.
     """
-    try:
-        chosen = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--filter must be a regular expression; got {pattern!r}: {error}") from None
+    wanted = matches("--filter", pattern)
     listed = (
         Entry(kernel, arch, *entry)
         for kernel in LAUNCHES
         for arch in archs
         for entry in config.shipped(kernel, arch)
     )
-    found = [entry for entry in listed if chosen.search(str(entry))]
+    found = [entry for entry in listed if wanted(str(entry))]
     if not found:
         raise ValueError(f"--filter {pattern!r} matches no kernel/arch/dtype of {', '.join(LAUNCHES)}")
     return found

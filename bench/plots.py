@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from .results import read_results
+from .results import kind_of, read_results
 
 # One for every peer there is, told apart by shape as well as by color.
 _COLORS = ["#1f6fb4", "#e0862a", "#3a9a5b", "#8a5fb0", "#8a8f98", "#7a4a24", "#c8447c"]
@@ -21,18 +23,15 @@ def draw(results: Path, folder: Path) -> list[Path]:
     from .hessian_plots import hessian_figures
 
     rows = read_results(results)["rows"]
-    answers = any(row["case"].startswith("answers/") for row in rows)
-    hessian = all(row["case"].startswith("hessian/") for row in rows)
-    if not answers and not hessian and not any("peers" in row for row in rows):
-        raise ValueError(
-            f"results file {results} must come from answers or speed, or from hessian; "
-            "there is nothing to draw"
-        )
+    kinds: dict[str, Callable[[list[dict[str, Any]]], dict[str, Figure]]] = {
+        "answers": partial(figures, results),
+        "speed": _speed,
+        "hessian": hessian_figures,
+    }
+    if (kind := kind_of(rows)) not in kinds:
+        raise ValueError(f"results file {results} must come from {', '.join(kinds)}; it comes from {kind}")
     try:
-        if answers:
-            drawn = figures(results, rows)
-        else:
-            drawn = hessian_figures(rows) if hessian else {"speed": _speed(rows)}
+        drawn = kinds[kind](rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"results file {results} lacks what a picture needs: {error}") from None
     return save(drawn, folder)
@@ -51,7 +50,7 @@ def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
     return written
 
 
-def _speed(rows: list[dict[str, Any]]) -> Figure:
+def _speed(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     """A line a row, a dot a peer: its time over ours, on a logarithmic scale."""
     rows = [row for row in rows if row["ours"]["status"] == "timed"]
     names = list(
@@ -84,4 +83,4 @@ def _speed(rows: list[dict[str, Any]]) -> Figure:
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return figure
+    return {"speed": figure}

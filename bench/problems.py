@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Function = Callable[..., Tensor]
+MODES = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +104,18 @@ def writable(option: str, path: Path) -> None:
 
 
 def write_results(path: Path, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a results file in one step: a reader sees the old file or the new one, never half of one.
-
-    A number that is not finite becomes null, which JSON has in its place.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a results file. A number that is not finite becomes null, which JSON has in its place."""
     results = _finite({"meta": meta, "rows": list(rows)})
-    text = json.dumps(results, indent=1, allow_nan=False)
+    write_whole(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old one or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
+            file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -147,3 +149,25 @@ def read_results(path: Path) -> dict[str, Any]:
     ):
         raise ValueError(f'results file {path} must hold {{"meta": ..., "rows": [{{"case": ...}}, ...]}}')
     return results
+
+
+def kind_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The command, or "example", that a results file comes from; by its first row."""
+    if "peers" in rows[0]:
+        return "speed"
+    if "gradient_bound" in rows[0]:
+        return "check"
+    return str(rows[0]["case"]).partition("/")[0]
+
+
+def matches(option: str, pattern: str) -> Callable[[str], bool]:
+    """Whether a name matches the regular expression that an option gives.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option} must be a regular expression; got {pattern!r}: {error}") from None
+    return lambda name: compiled.search(name) is not None

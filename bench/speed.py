@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,10 +21,10 @@ from gatematch.kernels.precision import Switch
 from .cases import build, cases_of
 from .check import largest
 from .floors import add_floors
-from .problems import COMPILED, Case, Function, Problem
+from .problems import COMPILED, MODES, Case, Function, Problem
+from .results import matches
 from .timing import Call, graphed, measure, peak_bytes
 
-MODES = ("forward", "forward+backward")
 # A row counts as wrong when its gradients, relative to the largest, are off by this many times its bound.
 GRADIENT = 10
 # Of an LSTM compiled ahead: its kernels are the same for all numbers of steps that 16 divides.
@@ -38,14 +37,10 @@ def chosen(device: torch.device, pattern: str) -> list[Case]:
     Raises:
         ValueError: the pattern is no regular expression, or matches nothing.
     """
-    cases = cases_of(device)
-    try:
-        found = [case for case in cases if re.search(pattern, case.label)]
-    except re.error as error:
-        raise ValueError(f"filter must be a regular expression; got {pattern!r}: {error}") from None
-    if not found:
+    cases, wanted = cases_of(device), matches("--filter", pattern)
+    if not (found := [case for case in cases if wanted(case.label)]):
         labels = dict.fromkeys(case.label for case in cases)
-        raise ValueError(f"filter must match a case, one of {', '.join(labels)}; got {pattern!r}")
+        raise ValueError(f"--filter must match a case, one of {', '.join(labels)}; got {pattern!r}")
     return found
 
 

@@ -1,57 +1,40 @@
-"""What the rows of `speed` say: as a table, and in classes with a mean and a worst row each."""
+"""What the rows of `speed` say, as Markdown: case by case, on a GPU the LSTM in classes; what is slower."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
+
+from .problems import MODES
+from .tables import NONE, Rows, grouped, number, table
 
 
-def speed_table(rows: list[dict[str, Any]]) -> Table:
-    """Ratio above 1: we are faster."""
-    table = Table(title="speed: ours, and each peer's time divided by ours (above 1 we are faster)")
-    words = ("case", "data", "shape", "mode", "peers")
-    for column in (*words[:4], "ours ms", "± ms", "error", "peak MiB", "of floor", *words[4:], "to random"):
-        table.add_column(column, justify="left" if column in words else "right")
-    for row in rows:
-        ours = row["ours"]
-        timed = ours["status"] == "timed"
-        table.add_row(
-            row["case"] + ("" if row["dtype"] == "float32" else f" {row['dtype']}"),
-            row["data"],
-            " ".join(f"{letter}{size}" for letter, size in row["shape"].items()),
-            row.get("mode", "") + (f", {row['timing']}" if "timing" in row else ""),
-            f"{ours['median']:.3f}" if timed else ours["status"].partition(":")[0].upper(),
-            f"{ours['spread']:.3f}" if timed else "",
-            f"{ours['error']:.0e}" if "error" in ours else "",
-            f"{ours['peak_bytes'] / 2**20:.1f}" if timed else "",
-            f"{row['share']:.0%}" if "share" in row else "",
-            "\n".join(_peer(name, peer) for name, peer in row["peers"].items()),
-            f"{row['time_to_random']:.2f}" if "time_to_random" in row else "",
-        )
-    return table
+def speed_tables(rows: Rows) -> str:
+    """The LSTM, pairwise attention, and below them every row of ours that is wrong, or slower on a GPU."""
+    parts = []
+    for half in ("lstm/", "pairwise/"):
+        # A case that failed as a whole is named at the end.
+        members = [row for row in rows if row["case"].startswith(half) and "mode" in row]
+        if members:
+            in_classes = half == "lstm/" and "timing" in members[0]
+            parts.append((_classes if in_classes else _cases)(members))
+    found = [*faults(rows), *_slower(rows)]
+    if found or any("timing" in row for row in rows):
+        found = found or ["no row in which a peer whose results are right is faster"]
+        parts += ["Slower than a peer, or wrong:", "\n".join(f"- {line}" for line in found)]
+    return "\n\n".join(parts)
 
 
-def _peer(name: str, peer: dict[str, Any]) -> str:
-    if "ratio" in peer:
-        return f"{name} {peer['ratio']:.2f}x"
-    if peer["status"] == "wrong":
-        time = f" ({peer['wrong_ratio']:.2f}x)" if "wrong_ratio" in peer else ""
-        return f"{name} wrong by {peer['error']:.0e}{time}"
-    return f"{name} {peer['status']}"
-
-
-@dataclass(frozen=True)
-class Class:
-    """Rows that share a claim: all of a CPU's; on a GPU those of a case, dtype, pass and way of timing.
+class Class(NamedTuple):
+    """Rows that share a claim on a GPU: those of a case, dtype, pass and way of timing.
 
     Hidden sizes of 2048, where the weights of an LSTM do not fit the chip, are a class of their own.
     """
 
-    words: tuple[str, ...]  # case, dtype, pass, way of timing; () on a CPU
-    rows: list[dict[str, Any]]
+    words: tuple[str, ...]
+    rows: Rows
 
     def against(self, peer: str) -> tuple[float, float, dict[str, Any], int, int] | None:
         """Of a peer's times over ours the geometric mean, the least, its row, how many there are, and in how
@@ -70,54 +53,110 @@ class Class:
         wrong = sum("wrong_ratio" in row["peers"][peer] for _, row in timed)
         return mean, worst, row, len(timed), wrong
 
-    @property
-    def peers(self) -> list[str]:
-        return sorted({name for row in self.rows for name in row["peers"]})
 
-    @property
-    def share(self) -> float | None:
-        """The least share of the floor."""
-        return min((row["share"] for row in self.rows if "share" in row), default=None)
+def classes(rows: Rows) -> list[Class]:
+    def case(row: dict[str, Any]) -> str:
+        return row["case"] + (" H2048" if row["shape"].get("H") == 2048 else "")
+
+    return [Class(*found) for found in grouped(rows, case, "dtype", "mode", "timing").items()]
 
 
-def classes(rows: list[dict[str, Any]]) -> list[Class]:
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        words: tuple[str, ...] = ()
-        if "timing" in row:
-            large = " H2048" if row["shape"].get("H") == 2048 else ""
-            words = row["case"] + large, row["dtype"], row["mode"], row["timing"]
-        found.setdefault(words, []).append(row)
-    return [Class(words, members) for words, members in found.items()]
-
-
-def speed_summary(rows: list[dict[str, Any]]) -> list[str]:
-    """For each class and peer the mean and the worst ratio; what other data cost, and what was wrong."""
-    lines = []
+def _classes(rows: Rows) -> str:
+    """A line for each class and peer: of both passes the geometric mean and the worst row."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for members in classes(rows):
-        title = " ".join([*members.words, ""])
-        for name in members.peers:
-            if (found := members.against(name)) is not None:
-                mean, worst, row, number, wrong = found
-                but = f", {wrong} of them wrong" if wrong else ""
-                where = " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
-                lines.append(
-                    f"{title}{name}: {mean:.2f}x over {number} rows{but}, worst {worst:.2f}x "
-                    f"({row['case']} {row['data']} {row['mode']} {where})"
-                )
-        if members.share is not None:
-            lines.append(f"{title}at least {members.share:.0%} of the floor")
-    slower = [row for row in rows if "time_to_random" in row]
-    if slower:
-        worst_row = max(slower, key=lambda row: row["time_to_random"])
-        lines.append(
-            f"text and offset rows: at most {worst_row['time_to_random']:.2f}x the time of random rows"
-            f" ({worst_row['case']} {worst_row['data']} {worst_row['mode']})"
-        )
-    return lines + faults(rows)
+        case, dtype, mode, timing = members.words
+        for peer in sorted({name for row in members.rows for name in row["peers"]}):
+            if (found := members.against(peer)) is not None:
+                groups.setdefault((case, dtype, timing, peer), {})[mode] = found
+    lines = []
+    for words, of_modes in groups.items():
+        cells = [str(max(found[3] for found in of_modes.values()))]
+        for mode in MODES:
+            if (found := of_modes.get(mode)) is None:
+                cells += [NONE] * 2
+                continue
+            mean, worst, row, _, wrong = found
+            cells += [f"{mean:.2f}x" + (f", {wrong} wrong" if wrong else ""), f"{worst:.2f}x, {_size(row)}"]
+        lines.append([*words, *cells])
+    heads = ["case", "dtype", "timing", "beside", "rows"]
+    return table([*heads, *(f"{mode}: {what}" for mode in MODES for what in ("mean", "worst"))], lines, 5)
 
 
-def faults(rows: list[dict[str, Any]]) -> list[str]:
+def _cases(rows: Rows) -> str:
+    """A line for each case, in cells that have both passes; what is timed in two ways is shown cold."""
+    peers = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row["peers"])
+        if any(_shown(row["peers"].get(name)) not in (NONE, "fails") for row in rows)
+    ]
+    optional = [
+        (head, key, form)
+        for head, key, form in (("of the floor", "share", ".0%"), ("to random rows", "time_to_random", ".2f"))
+        if any(key in row for row in rows)
+    ]
+    lines = []
+    for words, members in grouped(rows, _named, _shape, "dtype").items():
+        of_modes: dict[str, dict[str, Any]] = {}
+        for row in members:
+            if row.get("timing") == "cold" or row["mode"] not in of_modes:
+                of_modes[row["mode"]] = row
+        forward, both = (of_modes.get(mode, {"ours": {}, "peers": {}}) for mode in MODES)
+        errors = forward["ours"].get("error"), both["ours"].get("gradient_error")
+        cells = [[_ms(forward), _ms(both)], [number(error, ".0e") for error in errors]]
+        cells += [[number(row.get(key), form) for row in (forward, both)] for _, key, form in optional]
+        cells += [[_shown(row["peers"].get(peer)) for row in (forward, both)] for peer in peers]
+        lines.append([*words, *(NONE if set(cell) == {NONE} else ", ".join(cell) for cell in cells)])
+    heads = ["case", "size", "dtype", "ours, ms", "error, of gradients", *(head for head, *_ in optional)]
+    return table([*heads, *peers], lines, 3)
+
+
+def _ms(row: Mapping[str, Any]) -> str:
+    """Short times have two digits."""
+    time = row["ours"].get("median")
+    return number(time, ".2g" if time and time < 1 else ".2f")
+
+
+def _shown(peer: Mapping[str, Any] | None) -> str:
+    if peer is None or peer["status"].startswith("skipped"):
+        return NONE
+    if "ratio" in peer:
+        return f"{peer['ratio']:.2f}x"
+    if peer["status"] != "wrong":
+        return "fails"
+    time = f" ({peer['wrong_ratio']:.2f}x)" if "wrong_ratio" in peer else ""
+    return f"wrong by {max(peer['error'], peer['gradient_error'] or 0.0):.0e}{time}"
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return row["case"] + ("" if row["data"] == "random" else f", {row['data']}")
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in row["shape"].items())
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    """Letters that tell the rows of a class from each other."""
+    letters = "BH" if "H" in row["shape"] else "BQAD"
+    return " ".join(f"{letter}{row['shape'][letter]}" for letter in letters)
+
+
+def _slower(rows: Rows) -> list[str]:
+    """The rows on a GPU in which a peer whose results are right is faster."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for row in rows:
+        for name, peer in row["peers"].items():
+            if "timing" in row and round(peer.get("ratio", 1.0), 2) < 1:
+                where = f"{_named(row)} {row['dtype']}, {row['mode']}, {row['timing']}, beside {name}"
+                found.setdefault(where, []).append((peer["ratio"], _size(row)))
+    return [
+        f"{where}: " + ", ".join(f"{ratio:.2f}x ({size})" for ratio, size in sorted(slower))
+        for where, slower in found.items()
+    ]
+
+
+def faults(rows: Rows) -> list[str]:
     """Rows of which ours is wrong, or failed."""
     found = []
     for row in rows:

@@ -26,7 +26,7 @@ from triton.testing import do_bench
 
 from gatematch.bench.kernels import compiled, settle_keys, stop, workers
 from gatematch.bench.launches import LAUNCHES, Entry, Launch, Sample, entries, launched_with, served
-from gatematch.bench.results import describe_machine, writable, write_results
+from gatematch.bench.results import describe_machine, writable, write_results, write_whole
 from gatematch.kernels import config
 from gatematch.kernels.config import Config
 
@@ -264,13 +264,6 @@ def row_of(entry: Entry, found: Climbed) -> dict[str, Any]:
         "config_before": entry.tile.options,
         "config_after": found.best.options,
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def replace(listed: dict[str, list[dict[str, Any]]], entry: Entry, tile: Config, source: str) -> None:

@@ -2,7 +2,7 @@
 
 Layers do not overlap in time. A wavefront, in which a layer starts while the one below it still runs, would
 need the input product of the upper layer inside the kernel, step by step, and both layers' weights on the
-chip: docs/design/roofline.md says where that is predicted to pay.
+chip: docs/design/lstm-step.md says where that should pay.
 
 Under autocast all that is returned is in its dtype, as what torch returns on CUDA.
 """

@@ -1,6 +1,5 @@
 """`gatematch-bench gpu` without a GPU: its stages are small programs, and compute-sanitizer is a script."""
 
-import itertools
 import json
 import os
 import re
@@ -20,10 +19,11 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from gatematch.bench import __main__ as command
-from gatematch.bench import compute_sanitizer, console, gpu, planted, results, sanitized
+from gatematch.bench import console, gpu, results, sanitizer
+from gatematch.bench.cases import GPU_CASES
 from gatematch.bench.kernels import compiled
-from gatematch.bench.launches import LAUNCHES
-from gatematch.bench.markdown import markdown
+from gatematch.bench.launches import LAUNCHES, Sample
+from gatematch.kernels import config
 
 CPU = torch.device("cpu")
 TESTS = Path(__file__).with_name("test_gpu.py")
@@ -51,38 +51,48 @@ def stages(monkeypatch, tmp_path):
     return make
 
 
-def run(path, *names, limit=60):
-    return gpu.run_gpu(CPU, names, path, limit, TESTS)
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(console, "usable_device", lambda name: CPU)
 
 
-def test_what_becomes_of_a_stage(stages, capfdbinary):
+def invoke(*arguments):
+    return CliRunner().invoke(command.app, ["gpu", *map(str, arguments)])
+
+
+def test_a_dry_run(on_cpu, stages):
+    """All that can become of a stage: in the table, in the results file and as an exit code."""
+    many = BAD + "".join(f'<testcase name="t{n}"><error/></testcase>' for n in range(6))
+    lacking = f"print('no such tool'); raise SystemExit({sanitizer.UNAVAILABLE})"
     path = stages(
         tests=f"{JUNIT % (GOOD + SKIPPED)}; print('3 in one second')",
-        failing=f"{JUNIT % (GOOD + BAD)}; sys.exit(1)",
+        failing=f"{JUNIT % (GOOD + many)}; sys.exit(1)",
         rows=f"{ROWS}; print('table'); print('results: x.json')",
         sentence=f"{ROWS}; print('results: x.json'); print('all 2 within their bounds')",
         bad=f"{ROWS}; print('table'); sys.exit('1 of 2 are past their bound')",
-        lacking=f"print('no such tool'); raise SystemExit({compute_sanitizer.UNAVAILABLE})",
+        lacking=lacking,
         crashing="raise RuntimeError('device lost')",
         killed="import os; print('before', flush=True); os.kill(os.getpid(), 11)",
         silent="print('done')",
         skipping=f"{JUNIT % SKIPPED}; print('1 skipped in one second')",
     )
-    rows = run(path)
-    assert {row["stage"]: (row["status"], row["what"], row.get("reason")) for row in rows} == {
-        "tests": ("passed", "2 passed, 1 skipped", None),
-        "failing": ("failed", "2 passed, 2 failed", "test_c, test_d"),
-        "rows": ("passed", "2 rows", None),
-        "sentence": ("passed", "all 2 within their bounds", None),
-        "bad": ("failed", "2 rows", "exit code 1: 1 of 2 are past their bound"),
-        "lacking": ("not available", "", "no such tool"),
-        "crashing": ("failed", "", "exit code 1: RuntimeError: device lost"),
-        "killed": ("failed", "", "ended by SIGSEGV: before"),
-        "silent": ("failed", "", "exit code 0: done"),
-        "skipping": ("failed", "1 skipped", "exit code 0: 1 skipped in one second"),
-    }
-    bad = [row["stage"] for row in gpu.failed(rows)]
-    assert bad == ["failing", "bad", "crashing", "killed", "silent", "skipping"]
+    result = invoke("--json", path, "--tests", TESTS)
+    assert result.exit_code == 1 and result.output.endswith(f"\nresults: {path}\n"), result.output
+    assert "== rows of 10 stages\ntable\nresults: x.json\n==" in result.output
+    assert path.with_name("gpu-rows.log").read_text() == "table\nresults: x.json\n"
+    table = [line.split(" | ")[:3] for line in result.output.splitlines() if line.startswith("| `")]
+    assert table == [
+        ["| `tests`", "passed", "2 passed, 1 skipped"],
+        ["| `failing`", "failed", "2 passed, 8 failed: test_c, test_d, t0, t1, t2, and 3 more"],
+        ["| `rows`", "passed", "2 rows"],
+        ["| `sentence`", "passed", "all 2 within their bounds"],
+        ["| `bad`", "failed", "2 rows: exit code 1: 1 of 2 are past their bound"],
+        ["| `lacking`", "not available", "no such tool"],
+        ["| `crashing`", "failed", "exit code 1: RuntimeError: device lost"],
+        ["| `killed`", "failed", "ended by SIGSEGV: before"],
+        ["| `silent`", "failed", "exit code 0: done"],
+        ["| `skipping`", "failed", "1 skipped: exit code 0: 1 skipped in one second"],
+    ]
     written = results.read_results(path)
     assert written["meta"]["arch"] == "sm_90" and written["meta"]["torch"] == torch.__version__
     first = [(row["stage"], row["case"]) for row in written["rows"]][:5]
@@ -93,20 +103,12 @@ def test_what_becomes_of_a_stage(stages, capfdbinary):
         ("rows", "x"),
         ("rows", "y"),
     ]
-    assert written["rows"][1]["failed_tests"] == ["test_c", "test_d"] and written["rows"][2]["rows"] == 2
-    assert path.with_name("gpu-rows.log").read_text() == "table\nresults: x.json\n"
-    shown = capfdbinary.readouterr().out
-    assert b"== rows of 10 stages\ntable\nresults: x.json\n==" in shown and b"device lost" in shown
-    table = markdown(path).splitlines()
-    assert table[2].startswith("| `tests` | passed | 2 passed, 1 skipped | ") and len(table) == 2 + 10 + 2
-    assert table[6].startswith("| `bad` | failed | 2 rows: exit code 1: 1 of 2 are past their bound | ")
-    cells = list(gpu.gpu_table(rows).columns[3].cells)
-    assert cells[:2] == ["2 passed, 1 skipped", "2 passed, 2 failed: test_c, test_d"]
+    assert written["rows"][1]["failed_tests"][:3] == ["test_c", "test_d", "t0"]
+    assert invoke("--json", path, "--stage", "lacking", "--stage", "rows", "--tests", TESTS).exit_code == 0
 
 
-def test_many_failed_tests_are_counted():
-    failed = [f"t{n}" for n in range(8)]
-    assert gpu._reason(1, {"failed_tests": failed}, "", 1) == "t0, t1, t2, t3, t4, and 3 more"
+def run(path, *names, limit=60):
+    return gpu.run_gpu(CPU, names, path, limit, TESTS)
 
 
 def test_the_file_is_written_after_every_stage_and_by_later_calls(stages, tmp_path, monkeypatch):
@@ -135,25 +137,36 @@ time.sleep(600)
 """
 
 
-def test_a_stage_that_hangs_is_ended_with_all_that_it_started(stages, tmp_path, monkeypatch):
+SLOW = f"""
+import time
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    {ROWS}
+    raise
+"""
+
+
+def test_stages_that_take_too_long_are_ended(stages, tmp_path, monkeypatch):
+    """One that hangs with all that it started; one that ends when it is asked to keeps what it has."""
     monkeypatch.setattr(gpu, "GRACE", 0.2)
+    monkeypatch.setattr(gpu, "TOGETHER", ("hanging", "slow"))
     pipe = str(tmp_path / "pipe")
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    hanging, after = run(stages(hanging=HANGING.format(pipe=pipe), after=ROWS), limit=12)
-    assert (hanging["status"], hanging["reason"]) == ("timed out", "stopped after 12 s")
+    path = stages(hanging=HANGING.format(pipe=pipe), slow=SLOW, after=ROWS)
+    hanging, slow, after = run(path, limit=6)  # both must have begun by then
+    assert (hanging["status"], hanging["reason"]) == ("timed out", "stopped after 6 s")
+    assert (slow["status"], slow["what"], slow["rows"]) == ("timed out", "2 rows", 2)
     assert after["status"] == "passed"
+    assert [row["stage"] for row in results.read_results(path)["rows"]] == [
+        "hanging",
+        *["slow"] * 3,
+        *["after"] * 3,
+    ]
     assert os.read(reader, 100) == b"started"
     assert os.read(reader, 100) == b"", "nobody holds the other end"
     os.close(reader)
-
-
-def test_a_stage_that_ends_when_it_is_asked_to_keeps_what_it_has(stages):
-    slow = f"import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    {ROWS}\n    raise"
-    path = stages(slow=slow)
-    (row,) = run(path, limit=12)  # a Python that starts must be at sleep by then
-    assert (row["status"], row["what"], row["rows"]) == ("timed out", "2 rows", 2)
-    assert len(results.read_results(path)["rows"]) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -216,44 +229,11 @@ def test_stages_are_commands_that_exist():
 def test_every_case_of_speed_is_in_one_stage():
     speed = [words for name, words in gpu.STAGES.items() if name.startswith("speed-")]
     filters = [words[words.index("--filter") + 1] for words in speed]
-    dtypes = ("bfloat16", "float16", "tf32", "float32")
-    for name, dtype in itertools.product(("pairwise/sentences-300 text", "lstm/train-512 random"), dtypes):
-        assert sum(re.search(pattern, f"{name} {dtype}") is not None for pattern in filters) == 1
+    for case in GPU_CASES:
+        assert sum(re.search(pattern, case.label) is not None for pattern in filters) == 1
 
 
-SOME_TESTS = """
-import time, pytest
-pytestmark = pytest.mark.gpu
-def test_right(): pass
-def test_wrong(): assert False
-def test_other(): pytest.skip("not here")
-def test_gives_the_same_bits(): time.sleep(1.5)
-"""
-
-
-def test_stages_of_tests_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PATIENCE", 0.5)
-    path = tmp_path / "test_some.py"
-    path.write_text(SOME_TESTS)
-    (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
-    (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
-    assert (others["what"], others["reason"]) == ("1 passed, 1 failed, 1 skipped", "test_wrong")
-    assert (same["status"], same["what"]) == ("passed", "1 passed")
-    log = (tmp_path / "gpu-determinism.log").read_text()
-    assert "in test_gives_the_same_bits" in log, "where it is after so long"
-
-
-LOSING = """
-import pytest, torch
-pytestmark = pytest.mark.gpu
-@pytest.mark.parametrize("n", range(20))
-def test_some(n):
-    torch.lost = torch.lost or n == 3
-    torch.cuda.synchronize()
-@pytest.mark.parametrize("n", range(3))
-def test_gives_the_same_bits(n):
-    test_some(n + 2)
-"""
+# In the place of torch, beside conftest.py: a device that is lost for a process when a test loses it.
 TORCH = """
 class cuda:
     is_initialized = is_available = lambda: True
@@ -262,26 +242,46 @@ class cuda:
             raise RuntimeError("an illegal memory access was encountered")
 lost, manual_seed = False, print
 """
+LOSING = """
+import pytest, time, torch
+pytestmark = pytest.mark.gpu
+def test_wrong(): assert False
+def test_other(): pytest.skip("not here")
+@pytest.mark.parametrize("n", range(20))
+def test_some(n):
+    torch.lost = torch.lost or n == 3
+    torch.cuda.synchronize()
+@pytest.mark.parametrize("n", range(3))
+def test_gives_the_same_bits(n):
+    time.sleep(1.0 if n == 0 else 0.0)
+    torch.lost = n == 1
+    torch.cuda.synchronize()
+"""
 
 
-def test_a_process_that_loses_the_device_takes_no_other_tests_with_it(tmp_path):
+def test_a_process_that_loses_the_device_takes_no_other_tests_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PATIENCE", 0.5)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")  # a second for each process
     (tmp_path / "conftest.py").write_text(TESTS.with_name("conftest.py").read_text())
-    (tmp_path / "torch.py").write_text(TORCH)  # in the place of the other, beside conftest.py
+    (tmp_path / "torch.py").write_text(TORCH)
     path = tmp_path / "test_losing.py"
     path.write_text(LOSING)
     (others,) = gpu.run_stage("tests", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
     (same,) = gpu.run_stage("determinism", "sm_90", tmp_path / "gpu.json", 120, path, threading.Event())
     log = (tmp_path / "gpu-tests.log").read_text()
-    assert (others["passed"], others["failed_tests"]) == (19, ["test_some[3]"]), log
+    assert others["what"] == "19 passed, 2 failed, 1 skipped", log
+    assert sorted(others["failed_tests"]) == ["test_some[3]", "test_wrong"], log
     assert (same["status"], same["passed"], same["failed"]) == ("failed", 1, 1)
-    assert "the CUDA device is lost: an illegal" in (tmp_path / "gpu-determinism.log").read_text()
+    log = (tmp_path / "gpu-determinism.log").read_text()
+    assert "the CUDA device is lost: an illegal" in log
+    assert "in test_gives_the_same_bits" in log, "where it is after so long"
 
 
 WITHOUT = """
 import importlib, sys
 for name in "scipy matplotlib expecttest hypothesis keras onnx bm25s chatterbot_corpus yaml".split():
     sys.modules[name] = None
-for name in "gpu kernels compute_sanitizer sanitized planted check expansion barrier speed".split():
+for name in "gpu kernels sanitizer check expansion barrier ceilings speed speed_report tables".split():
     importlib.import_module(f"gatematch.bench.{name}")
 import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", sys.argv[1]]))
@@ -302,20 +302,11 @@ def test_the_stages_import_only_what_such_a_machine_has():
 # --- the command ---
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(command.app, ["gpu", *map(str, arguments)])
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_machine_without_cuda_is_told_in_a_sentence(tmp_path):
     result = invoke("--json", tmp_path / "gpu.json")
     assert result.exit_code == 2 and "device must be one that torch can use here" in result.output
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(console, "usable_device", lambda name: CPU)
 
 
 def test_wrong_options(on_cpu, tmp_path):
@@ -327,17 +318,6 @@ def test_wrong_options(on_cpu, tmp_path):
         result = invoke("--json", tmp_path / "gpu.json", *arguments)
         assert result.exit_code == 2 and words in result.output, result.output
     assert not list(tmp_path.iterdir())
-
-
-def test_the_exit_code_is_that_of_the_worst_stage(on_cpu, stages):
-    lacking = f"print('no tool'); raise SystemExit({compute_sanitizer.UNAVAILABLE})"
-    path = stages(good=ROWS, lacking=lacking, bad="1/0")
-    result = invoke("--json", path, "--stage", "lacking", "--stage", "good", "--tests", TESTS)
-    assert result.exit_code == 0 and f"results: {path}" in result.output
-    assert re.search(r"good +│ passed +│ +\d+ │ 2 rows", result.output), result.output
-    assert re.search(r"lacking +│ not available +│ +\d+ │ no tool", result.output)
-    result = invoke("--json", path, "--tests", TESTS)
-    assert result.exit_code == 1 and "ZeroDivisionError" in result.output
 
 
 def test_the_commit_is_named_where_there_is_no_repository(tmp_path, monkeypatch):
@@ -361,14 +341,13 @@ def test_the_commit_is_named_where_there_is_no_repository(tmp_path, monkeypatch)
 SEES = {
     "memcheck": """\
 ========= Invalid __global__ write of size 4 bytes
-=========     at planted_store+0x70 in planted.py:17
-=========     by thread (0,0,0) in block (0,0,0)
+=========     at planted_store+0x70 in sanitizer.py:17
 =========
 ========= ERROR SUMMARY: 1 error
 """,
     "racecheck": """\
-========= Error: Race reported between Write access at planted_race+0xc0 in planted.py:25
-=========     and Read access at planted_race+0xd0 in planted.py:25 [508 hazards]
+========= Error: Race reported between Write access at planted_race+0xc0 in sanitizer.py:25
+=========     and Read access at planted_race+0xd0 in sanitizer.py:25 [508 hazards]
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """,
@@ -380,8 +359,7 @@ CLEAN = {
 FINDS = {
     "memcheck": """\
 ========= Invalid __global__ read of size 16 bytes
-=========     at pairwise_fwd+0xec0 in pairwise.py:43
-=========     by thread (18,0,0) in block (0,0,0)
+=========     at pairwise_fwd+0xec in pairwise.py
 =========
 ========= ERROR SUMMARY: 12 errors
 """,
@@ -392,109 +370,74 @@ FINDS = {
 ========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)
 """,
 }
-REFUSES = """\
-========= Error: Device not supported. Please refer to the "Supported Devices" section
-=========
-========= ERROR SUMMARY: 2 errors
-"""
-CRASH = "RuntimeError: out of memory\n"
-
-
-@pytest.fixture
-def sanitizer(tmp_path, monkeypatch, capfd):
-    """Runs a compute-sanitizer that says what it is told to of the planted errors, and of the kernels.
-
-    Returns:
-        Exit code, last line, rows.
-    """
-
-    def run(planted, kernels, kernels_code=0):
-        for program, said in (("planted", planted), ("kernels", kernels)):
-            for tool, words in said.items():
-                (tmp_path / f"{tool}-{program}").write_text("========= COMPUTE-SANITIZER\n" + words)
-        script = tmp_path / "compute-sanitizer"
-        script.write_text(f"""#!/bin/sh
-cd {tmp_path}
-case "$*" in
-    --version) printf 'NVIDIA (R) Compute Sanitizer\\nVersion 2025.3.1.0\\n' ;;
-    *bench.planted*) cat "$2-planted" ;;
-    *) cat "$2-kernels"; echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >"$2-arguments"; exit {kernels_code} ;;
-esac
-""")
-        script.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        code = compute_sanitizer.main(tmp_path / "sanitizer.json", CPU)
-        rows = results.read_results(tmp_path / "sanitizer.json")["rows"]
-        return code, capfd.readouterr().out.splitlines()[-1], rows
-
-    return run
-
-
-def test_a_sanitizer_that_finds_nothing(sanitizer, tmp_path):
-    code, said, rows = sanitizer(SEES, CLEAN)
-    assert (code, said) == (0, "memcheck 0 errors, racecheck 0 hazards")
-    found = {"status": "passed", "hazards": 0, "errors": 0, "warnings": 0}
-    assert rows[1] == {"case": "sanitizer/racecheck", **found, "version": "Version 2025.3.1.0"}
-    memcheck, racecheck = ((tmp_path / f"{tool}-arguments").read_text() for tool in SEES)
-    program = f"{sys.executable} -m gatematch.bench.sanitized\n"
-    assert all(words.startswith("1 --tool ") and words.endswith(program) for words in (memcheck, racecheck))
-    assert "--padding" in memcheck and "--padding" not in racecheck
-
-
-def test_a_sanitizer_that_finds_something(sanitizer):
-    code, said, rows = sanitizer(SEES, FINDS)
-    assert code == 1 and [row["status"] for row in rows] == ["failed", "failed"]
-    assert said == (
-        "memcheck 12 errors: Invalid __global__ read of size 16 bytes at pairwise_fwd+0xec0 in pairwise.py:43"
-        ", racecheck 1 hazards: Warning: Race reported between Write access at lstm_step_fwd+0xb0 "
-        "and Read access at lstm_step_fwd+0xd0 [9 hazards]"
-    )
-    assert (rows[1]["errors"], rows[1]["warnings"]) == (0, 1)
-
-
-def test_a_program_that_fails_under_the_sanitizer_has_not_passed(sanitizer):
-    lost = CRASH + "========= Error: connection lost\n"
-    code, said, rows = sanitizer(SEES, {"memcheck": CLEAN["memcheck"] + CRASH, "racecheck": lost}, 1)
-    assert code == 1 and [row["status"] for row in rows] == ["failed", "failed"]
-    assert said == (
-        "memcheck 0 errors: exit code 1: RuntimeError: out of memory, "
-        "racecheck ? hazards: exit code 1: Error: connection lost"
-    )
+CRASH, LOST = "RuntimeError: out of memory\n", "========= Error: connection lost\n"
+REFUSES = "========= Error: Device not supported.\n=========\n========= ERROR SUMMARY: 2 errors\n"
+NONE = sanitizer.UNAVAILABLE
 
 
 @pytest.mark.parametrize(
-    ("planted", "words"),
+    ("planted", "kernels", "ends", "code", "said"),
     [
-        (dict.fromkeys(SEES, REFUSES), "Error: Device not supported. Please refer to"),
-        (CLEAN, "ERROR SUMMARY: 0 errors"),
-        (dict.fromkeys(SEES, ""), "exit code 0"),
+        (SEES, CLEAN, 0, 0, "memcheck 0 errors, racecheck 0 hazards"),
+        (
+            SEES, FINDS, 0, 1,
+            "memcheck 12 errors: Invalid __global__ read of size 16 bytes at pairwise_fwd+0xec in pairwise.py"
+            ", racecheck 1 hazards: Warning: Race reported between Write access at lstm_step_fwd+0xb0 "
+            "and Read access at lstm_step_fwd+0xd0 [9 hazards]",
+        ),
+        (
+            SEES, {"memcheck": CLEAN["memcheck"] + CRASH, "racecheck": LOST}, 1, 1,
+            "memcheck 0 errors: exit code 1: RuntimeError: out of memory, "
+            "racecheck ? hazards: exit code 1: Error: connection lost",
+        ),
+        # What sees no planted error says nothing of the kernels.
+        (dict.fromkeys(SEES, REFUSES), CLEAN, 0, NONE, "a planted error: Error: Device not supported."),
+        (CLEAN, CLEAN, 0, NONE, "does not see a planted error: ERROR SUMMARY: 0 errors"),
+        (dict.fromkeys(SEES, ""), CLEAN, 0, NONE, "does not see a planted error: exit code 0"),
+        # One tool is enough.
+        ({**SEES, "racecheck": ""}, CLEAN, 0, 0, "memcheck 0 errors, racecheck not available"),
     ],
-    ids=["refuses", "blind", "silent"],
-)
-def test_a_sanitizer_that_sees_no_planted_error_says_nothing_of_the_kernels(sanitizer, planted, words):
-    code, said, rows = sanitizer(planted, CLEAN)
-    assert code == compute_sanitizer.UNAVAILABLE
-    assert [row["status"] for row in rows] == ["not available", "not available"]
-    assert said.startswith(f"memcheck not available, does not see a planted error: {words}")
-
-
-def test_one_tool_of_the_sanitizer_is_enough(sanitizer):
-    code, said, _ = sanitizer(SEES | {"racecheck": CLEAN["racecheck"]}, CLEAN)
-    assert code == 0 and said.startswith("memcheck 0 errors, racecheck not available, does not see a planted")
+    ids=["clean", "finds", "crashes", "refuses", "blind", "silent", "one"],
+)  # fmt: skip
+def test_a_sanitizer(planted, kernels, ends, code, said, tmp_path, monkeypatch, capfd):
+    """The tool is a script that says what it is told to of the planted errors, and of the kernels."""
+    for program, words in (("planted", planted), ("kernels", kernels)):
+        for tool, output in words.items():
+            (tmp_path / f"{tool}-{program}").write_text("========= COMPUTE-SANITIZER\n" + output)
+    script = tmp_path / "compute-sanitizer"
+    script.write_text(f"""#!/bin/sh
+cd {tmp_path}
+case "$*" in
+    --version) printf 'NVIDIA (R) Compute Sanitizer\\nVersion 2025.3.1.0\\n' ;;
+    *"-m gatematch.bench.sanitizer planted $2") cat "$2-planted" ;;
+    *"-m gatematch.bench.sanitizer kernels") cat "$2-kernels"; echo "$*" >"$2-arguments"; exit {ends} ;;
+esac
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert sanitizer.run_sanitizer(tmp_path / "sanitizer.json", CPU) == code
+    assert said in capfd.readouterr().out.splitlines()[-1]
+    rows = results.read_results(tmp_path / "sanitizer.json")["rows"]
+    assert [row["version"] for row in rows] == ["Version 2025.3.1.0"] * 2
+    if planted is SEES and kernels is CLEAN:
+        found = {"status": "passed", "hazards": 0, "errors": 0, "warnings": 0}
+        assert rows[1] == {"case": "sanitizer/racecheck", **found, "version": "Version 2025.3.1.0"}
+        memcheck, racecheck = ((tmp_path / f"{tool}-arguments").read_text() for tool in SEES)
+        assert "--padding" in memcheck and "--padding" not in racecheck
 
 
 def test_no_sanitizer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compute_sanitizer, "TOOLKIT", str(tmp_path))
+    monkeypatch.setattr(sanitizer, "TOOLKIT", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    code = compute_sanitizer.main(tmp_path / "sanitizer.json", CPU)
-    assert code == compute_sanitizer.UNAVAILABLE and not list(tmp_path.iterdir())
+    code = sanitizer.run_sanitizer(tmp_path / "sanitizer.json", CPU)
+    assert code == sanitizer.UNAVAILABLE and not list(tmp_path.iterdir())
     assert capsys.readouterr().out == f"compute-sanitizer is not on the PATH, in {tmp_path} or beside nvcc\n"
     nvcc = tmp_path / "toolkit" / "nvcc"
     nvcc.parent.mkdir()
     for path in (nvcc, nvcc.with_name("compute-sanitizer")):
         path.touch(mode=0o755)
     (tmp_path / "nvcc").symlink_to(nvcc)
-    assert compute_sanitizer.find() == str(nvcc.with_name("compute-sanitizer"))
+    assert sanitizer.find() == str(nvcc.with_name("compute-sanitizer"))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -505,19 +448,32 @@ def test_every_kernel_is_watched(arch, monkeypatch):
         launched.setdefault(self.fn.__name__, set()).add(sample.dtype)
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for kernel, sample in sanitized.cases(arch, "cpu"):
-        LAUNCHES[kernel](sample)()
+    for kernel, sample in sanitizer.cases(arch, "cpu"):
+        sanitizer.launch((kernel, sample))
     assert launched.keys() == LAUNCHES.keys() | {"pairwise_centre"}  # which has no configuration
-    assert all(dtypes == set(sanitized.DTYPES) for dtypes in launched.values())
-    watched = [word.removeprefix("kns=") for word in compute_sanitizer.KERNELS[1::2]]
+    assert all(dtypes == set(sanitizer.DTYPES) for dtypes in launched.values())
+    watched = [word.removeprefix("kns=") for word in sanitizer.KERNELS[1::2]]
     names = [*launched, "planted_store", "planted_race"]
     assert all(any(part in name for part in watched) for name in names)
 
 
+def test_the_programs_that_are_watched(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("waited"))
+    monkeypatch.setattr(sanitizer, "plant", lambda *tool: called.append(tool))
+    monkeypatch.setattr(
+        sanitizer, "cases", lambda arch, device: [("kernel", Sample(torch.float16, {}, device=device))]
+    )
+    monkeypatch.setattr(sanitizer, "launch", lambda case: called.append(case[1].device))
+    monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
+    assert sanitizer.main("planted", "memcheck") == sanitizer.main("kernels") == 0
+    assert called == [("memcheck", "cuda:1"), "waited", "cuda:1", "waited"]
+
+
 def test_planted_errors_compile_to_what_they_are():
-    (store,) = compiled("planted_store", "sm_90", lambda: planted.memcheck("cpu"))
-    (race,) = compiled("planted_race", "sm_90", lambda: planted.racecheck("cpu"))
-    assert [binary.metadata.name for binary in (store, race)] == ["planted_store", "planted_race"]
+    (store,) = compiled("planted_store", "sm_90", lambda: sanitizer.plant("memcheck", "cpu"))
+    (race,) = compiled("planted_race", "sm_90", lambda: sanitizer.plant("racecheck", "cpu"))
     assert re.search(r"add\.s64\s.*, 4096;.*st\.global", store.asm["ptx"], re.S), store.asm["ptx"]
     assert re.search(r"st\.volatile\.shared.*ld\.volatile\.shared", race.asm["ptx"], re.S)
     assert "bar.sync" not in race.asm["ptx"] and race.metadata.num_warps > 1

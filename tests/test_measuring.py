@@ -43,7 +43,7 @@ def test_a_cpu_is_refused(command, error, monkeypatch):
     assert said.output == f"Error: --device must be {error}\n"
 
 
-@pytest.mark.parametrize("most", [1, 2, 7, 108, 128, 132])
+@pytest.mark.parametrize("most", [1, 7, 128, 132])
 def test_no_grid_has_more_programs_than_there_are_multiprocessors(most):
     settings = barrier.settings(most)
     assert len(set(settings)) == len(settings)
@@ -86,51 +86,37 @@ def test_the_command_barrier(tmp_path):
     path = tmp_path / "barrier.json"
     with mock.patch.object(barrier, "run_barrier", return_value=rows):
         said = CliRunner().invoke(app, ["barrier", "--device", "cpu", "--json", str(path)])
-    assert said.exit_code == 0
-    assert re.search(r"barrier +│ +132 │ +4 │ +1234 │ +6 ", said.output)
+    assert said.exit_code == 0 and "| barrier | 4 | 1234 |" in said.output
     assert read_results(path)["rows"] == rows
 
 
-def expansion_row(name, D, c, error):
-    bound, tau = PATHS[name].bound, 0.125
-    left = c * 2.0**-24 / (8 * tau)
-    row = {"case": f"expansion/{name}/D {D}", "path": name, "D": D, "far": 9, "near": 1, "c": c, "tau": tau}
-    return {**row, "left": left, "error": error, "bound": bound, "tau_needed": left * tau / 1e-6}
-
-
 @pytest.mark.parametrize(
-    ("name", "c", "error", "code"),
+    ("name", "c", "error", "bad"),
     [
-        ("float32", 16.0, 9e-7, 0),
-        ("float32", 17.0, 1e-7, 1),  # leaves more than 1e-6
-        ("float32", 2.0, 1.1e-6, 1),
-        ("float32", 2.0, float("nan"), 1),
-        ("tf32", 100.0, 2e-4, 0),
-        ("bfloat16", 100.0, 1.9e-3, 0),
-        ("bfloat16", 100.0, 2e-3, 1),
-        ("float16 streamed", 100.0, 2.4e-4, 0),
-        ("float16 streamed", 100.0, 2.5e-4, 1),
+        ("float32", 16.0, 9e-7, False),
+        ("float32", 17.0, 1e-7, True),  # leaves more than 1e-6
+        ("float32", 2.0, 1.1e-6, True),
+        ("float32", float("nan"), float("nan"), True),
+        ("tf32", 100.0, 2e-4, False),
+        ("bfloat16", 100.0, 1.9e-3, False),
+        ("bfloat16", 100.0, 2e-3, True),
+        ("float16 streamed", 100.0, 2.4e-4, False),
+        ("float16 streamed", 100.0, 2.5e-4, True),
     ],
 )
-def test_the_command_expansion_fails_past_a_bound(name, c, error, code):
-    rows = [expansion_row("float32", 9, 3.0, 1e-7), expansion_row(name, 300, c, error)]
-    with mock.patch.object(expansion, "run_expansion", return_value=rows):
-        said = CliRunner().invoke(app, ["expansion", "--device", "cpu"])
-    assert said.exit_code == code
-    assert ("1 of 2 are past their bound" in said.output) == (code == 1)
-    assert f"{name}: c up to {max(c, 3.0 if name == 'float32' else 0.0):.1f}" in said.output
+def test_the_command_expansion_fails_past_a_bound(name, c, error, bad, tmp_path):
+    left = c * 2.0**-24 / (8 * 0.125)
+    row = {"case": f"expansion/{name}/D 300", "path": name, "D": 300, "c": c, "left": left, "error": error}
+    row |= {"bound": PATHS[name].bound, "tau_needed": left * 0.125 / 1e-6}
+    path = tmp_path / "expansion.json"
+    with mock.patch.object(expansion, "run_expansion", return_value=[row]):
+        said = CliRunner().invoke(app, ["expansion", "--device", "cpu", "--json", str(path)])
+    assert said.exit_code == bad and (f"past its bound: {row['case']}\n" in said.output) == bad
+    assert markdown(path).splitlines()[2] in said.output, "numbers that are none are the same in both"
 
 
-def test_a_summary_has_the_largest_c_of_each_path():
-    rows = [expansion_row("float32", D, c, 1e-7) for D, c in ((9, 2.0), (300, 8.0), (768, 5.0))]
-    assert expansion.expansion_summary([*rows, expansion_row("tf32", 16, 1.0, 1e-7)]) == [
-        "float32: c up to 8.0 (D 300), an error of 1e-6 in S needs TAU 0.060",
-        "tf32: c up to 1.0 (D 16), an error of 1e-6 in S needs TAU 0.007",
-    ]
-
-
-@pytest.mark.parametrize("tiles", [3, 20])
-def test_rows_are_close_and_far_and_of_many_norms(tiles):
+def test_rows_are_close_and_far_and_of_many_norms():
+    tiles = 20
     x, y = (rows.double() for rows in expansion.close_rows(tiles, 64, 32, 300, CPU))
     share = (x[:, :, None] - y[:, None]).square().sum(-1)
     share /= x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None]
@@ -153,8 +139,10 @@ def binary(kernel, launch):
     return found
 
 
-@pytest.mark.parametrize(("programs", "warps"), [(132, 4), (128, 8)])
-@pytest.mark.parametrize(("variant", "kernel"), [("barrier", "barriers"), ("exchange", "exchanges")])
+@pytest.mark.parametrize(
+    ("variant", "kernel", "programs", "warps"),
+    [("barrier", "barriers", 128, 8), ("exchange", "exchanges", 132, 4)],
+)
 def test_a_barrier_releases_and_acquires(variant, kernel, programs, warps, tmp_path):
     found = binary(kernel, barrier.prepared(barrier.Setting(variant, programs, warps), 9, CPU)[0])
     assert found.metadata.launch_cooperative_grid
@@ -239,44 +227,6 @@ def test_one_process_of_many_makes_room_for_another(monkeypatch):
     with pytest.raises(SystemExit):
         waiting.wait("a kernel", mock.Mock(query=lambda: False), seconds=0.01)
     assert left.call_args.args == (1,)
-
-
-def test_the_tables_of_barriers_and_of_expansions(tmp_path):
-    barriers = [
-        {"case": "barrier/x", "variant": variant, "programs": programs, "warps": warps, "ns": ns}
-        for programs in (1, 132)
-        for warps in (4, 8)
-        for variant, ns in (("barrier", 600.4 + programs), ("exchange", 800.0 + warps))
-    ]
-    expansions = [
-        {"case": "expansion/x", "path": path, "D": D, "c": c, "error": error, "bound": 1e-6}
-        for path, D, c, error in (
-            ("tf32", 16, 1.25, 1e-7),
-            ("tf32", 128, 2.0, 2e-7),
-            ("bfloat16", 16, 1.0, 3e-7),
-            ("bfloat16", 128, float("nan"), float("nan")),
-        )
-    ]
-    tables = []
-    machine = describe_machine(CPU) | {"device": "NVIDIA X", "driver": "580", "triton": "3.6.0"}
-    for rows in (barriers, expansions):
-        write_results(tmp_path / "results.json", machine, rows)
-        tables.append(markdown(tmp_path / "results.json").splitlines())
-    assert tables[0][:6] == [
-        "| ns a step | warps | 1 programs | 132 programs |",
-        "|---|---:|---:|---:|",
-        "| barrier | 4 | 601 | 732 |",
-        "| barrier | 8 | 601 | 732 |",
-        "| exchange | 4 | 804 | 804 |",
-        "| exchange | 8 | 808 | 808 |",
-    ]
-    assert tables[1][:4] == [
-        "| rows | c, D 16 | c, D 128 | error of S | bound |",
-        "|---|---:|---:|---:|---:|",
-        "| tf32 | 1.2 | 2.0 | 2.0e-07 | 1.0e-06 |",
-        "| bfloat16 | 1.0 | – | – | 1.0e-06 |",
-    ]
-    assert tables[0][7].startswith("NVIDIA X, driver 580, ") and ", Triton 3.6.0, commit" in tables[0][7]
 
 
 def test_tables_of_pages_are_drawn_again(tmp_path, monkeypatch):

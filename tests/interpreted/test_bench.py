@@ -53,10 +53,9 @@ def test_a_barrier_that_does_not_wait_for_all_is_caught(variant, wrong, monkeypa
     assert caught >= 3
 
 
-@pytest.mark.parametrize("D", [9, 50])
 @pytest.mark.parametrize("name", PATHS)
-def test_an_expansion_is_within_its_bound(name, D):
-    row = expansion.measure(PATHS[name], D, 2, CPU)
+def test_an_expansion_is_within_its_bound(name):
+    row = expansion.measure(PATHS[name], 50, 2, CPU)
     assert expansion.failed([row]) == []
     assert 0 < row["c"] <= 11
     assert row["left"] == row["c"] * 2.0**-24 / (8 * TAU.value)
@@ -79,7 +78,7 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(expansion, "TILES", 1)
     results = tmp_path / "expansion.json"
     said = CliRunner().invoke(app, ["expansion", "--device", "cpu", "--json", str(results)])
-    assert said.exit_code == 0, said.output
+    assert said.exit_code == 0, said.output  # all within their bounds
     rows = read_results(results)["rows"]
     assert [row["case"] for row in rows] == [f"expansion/{name}/D 9" for name in PATHS]
-    assert all(f"{name}: c up to" in said.output for name in PATHS)
+    assert all(f"| {name} | " in said.output for name in PATHS)

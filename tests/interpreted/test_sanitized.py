@@ -8,7 +8,7 @@ import torch
 from interpreted.cooperative import cooperative
 from triton.runtime.errors import InterpreterError
 
-from gatematch.bench import planted, sanitized
+from gatematch.bench import sanitizer
 from gatematch.bench.launches import LAUNCHES
 
 torch.set_num_threads(1)
@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 def cases():
     """The first case of each kernel."""
-    for kernel, group in itertools.groupby(sanitized.cases("sm_90", "cpu"), key=lambda case: case[0]):
+    for kernel, group in itertools.groupby(sanitizer.cases("sm_90", "cpu"), key=lambda case: case[0]):
         yield pytest.param(*next(group), id=kernel)
 
 
@@ -29,4 +29,4 @@ def test_launches(kernel, sample):
 
 def test_the_planted_store_is_outside():
     with pytest.raises(InterpreterError, match="masked_store"):
-        planted.memcheck("cpu")
+        sanitizer.plant("memcheck", "cpu")
