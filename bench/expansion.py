@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -197,7 +198,7 @@ def tiles_of(path: Path, x: Tensor, y: Tensor, tile: config.Config) -> Tiles:
     """
     (tiles, M, D), N = x.shape, y.shape[1]
     blocks = {name: tile.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    options = {**blocks, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = replace(tile, blocks=blocks).options
     d2 = x.new_empty(tiles, M, N, dtype=torch.float32)
     near = x.new_empty(tiles, M, N, dtype=torch.int8)
     S = x.new_empty(tiles, M, N)

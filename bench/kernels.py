@@ -138,15 +138,15 @@ def _row(kernel: str, arch: str, sample: Sample, tile: Config, binary: Any) -> d
     names = list(binary.src.fn.arg_names)
     constants = {names[path[0]]: value for path, value in binary.src.constants.items()}
     # A launcher may have changed a size of its own.
-    variant = _described({name: v for name, v in constants.items() if (name, v) not in tile.options.items()})
+    variant = _described({name: v for name, v in constants.items() if (name, v) not in tile.numbers.items()})
     dtype = str(sample.dtype).removeprefix("torch.")
     return {
-        "case": f"kernels/{kernel}/{arch}/{dtype}/{_described(tile.options)}/{variant}",
+        "case": f"kernels/{kernel}/{arch}/{dtype}/{_described(tile.numbers)}/{variant}",
         "kernel": kernel,
         "arch": arch,
         "triton": triton.__version__,
         "dtype": dtype,
-        "config": tile.options,
+        "config": tile.numbers,
         "variant": variant,
         "shared_bytes": binary.metadata.shared,
         "shared_limit": ARCHITECTURES[arch],

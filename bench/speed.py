@@ -224,7 +224,7 @@ def time_problem(
         add_times(row, measure(calls, seconds, device) if ours["status"] == "timed" else {})
         yield row
         return
-    row["configs"] = {name: tile.options for name, tile in used.items()}
+    row["configs"] = {name: tile.numbers for name, tile in used.items()}
     for timing in case.timings:
         timed = copy.deepcopy(row) | {"timing": timing}
         if ours["status"] == "timed":

@@ -78,7 +78,7 @@ def climb(
     costs: dict[str, float] = {}
 
     def known(tile: Config) -> float:
-        return costs.get(json.dumps(tile.options), math.inf)
+        return costs.get(json.dumps(tile.numbers), math.inf)
 
     best, new = start, [start, *neighbours(start)]
     while new:
@@ -86,12 +86,12 @@ def climb(
         for tile in new:
             if late():
                 break
-            costs[json.dumps(tile.options)] = cost(tile) if tile in able else math.inf
+            costs[json.dumps(tile.numbers)] = cost(tile) if tile in able else math.inf
         candidate = min(new, key=known)
         if known(candidate) * GAIN >= known(best):
             break
         best = candidate
-        new = [tile for tile in neighbours(best) if json.dumps(tile.options) not in costs]
+        new = [tile for tile in neighbours(best) if json.dumps(tile.numbers) not in costs]
     return Climbed(best, known(start), known(best), len(costs) - 1) if costs else None
 
 
@@ -218,7 +218,7 @@ def run_tune(
                 break
             rows.append(row_of(entry, found))
             times = f"{found.before:.4f} -> {found.after:.4f} ms"
-            say(f"{entry} {entry.shape}: {times} with {found.best.options}")
+            say(f"{entry} {entry.shape}: {times} with {found.best.numbers}")
             if found.after < math.inf:
                 date = datetime.date.today()
                 source = f"{found.after:.4f} ms on {machine['device']}, {date}, {machine['commit']}"
@@ -261,8 +261,8 @@ def row_of(entry: Entry, found: Climbed) -> dict[str, Any]:
         "before_ms": finite(found.before),
         "after_ms": finite(found.after),
         "candidates": found.candidates,
-        "config_before": entry.tile.options,
-        "config_after": found.best.options,
+        "config_before": entry.tile.numbers,
+        "config_after": found.best.numbers,
     }
 
 

@@ -245,7 +245,8 @@ def parts_of(
     with torch.cuda.device_of(q):
         launch(
             pairwise_centre, programs(B),
-            (y, y_side.lengths, centre, y_side.scale, A, D // vec, *strides[2:]), VEC_D=vec, BLOCK_K=128,
+            (y, y_side.lengths, centre, y_side.scale, A, D // vec, *strides[2:]),
+            VEC_D=vec, BLOCK_K=128, enable_fp_fusion=True,
         )  # fmt: skip
         launch(
             pairwise_parts, programs(x_programs + each[1]),

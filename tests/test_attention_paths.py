@@ -205,7 +205,8 @@ def test_transforms_of_what_is_compiled_and_inside_of_it(name):
         with forward_ad.dual_level():
             return tuple(forward_ad.unpack_dual(function(forward_ad.make_dual(q, q.sin()), a)))
 
-    both(name, dual)
+    if torch.__version__ < (2, 14):  # from then on Dynamo refuses dual numbers
+        both(name, dual)
 
 
 @pytest.mark.parametrize("name", PAIRS)

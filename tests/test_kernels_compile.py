@@ -17,12 +17,12 @@ from typer.testing import CliRunner  # noqa: E402
 
 from gatematch.bench.__main__ import app  # noqa: E402
 from gatematch.bench.kernels import ARCHITECTURES, faults, kernel_rows, run_kernels  # noqa: E402
-from gatematch.bench.launches import LAUNCHES, Sample, entries  # noqa: E402
+from gatematch.bench.launches import LAUNCHES, Sample, entries, samples  # noqa: E402
 from gatematch.bench.results import read_results  # noqa: E402
 from gatematch.kernels import config, pairwise_prepare  # noqa: E402
 from gatematch.kernels.config import Config  # noqa: E402
 
-# Register allocation changes from version to version; this is the one that torch 2.13 comes with.
+# Register allocation changes from version to version; this is the one of constraints.txt.
 GATED = "3.6.0"
 
 
@@ -57,6 +57,18 @@ def test_shipped_configurations(kernel, arch, dtype, record_property):
         spills = sum(row["spills"] for row in rows)
         pytest.skip(f"{spills} spills in Triton {triton.__version__}; they count in {GATED} alone")
     assert not {row["case"]: found for row in rows if (found := faults(row))}
+
+
+@pytest.mark.parametrize("kernel", LAUNCHES)
+def test_every_launch_asks_for_fma(kernel, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        JITFunction, "run", lambda *args, enable_fp_fusion=False, **options: asked.append(enable_fp_fusion)
+    )
+    monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
+    entry = next(iter(entries(["sm_90"], f"^{kernel}/")))
+    LAUNCHES[kernel](next(samples(kernel, entry.dtype, entry.shape)))()
+    assert asked and all(asked)
 
 
 # What the report must see, in kernels of a few lines.

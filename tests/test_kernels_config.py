@@ -88,7 +88,8 @@ def test_a_choice_is_logged_once(lists, caplog):
 
 
 def test_options_are_those_of_a_launch():
-    assert LARGE.options == {"BLOCK_M": 128, "num_warps": 8, "num_stages": 3}
+    assert LARGE.numbers == {"BLOCK_M": 128, "num_warps": 8, "num_stages": 3}
+    assert LARGE.options == {**LARGE.numbers, "enable_fp_fusion": True}
 
 
 def test_architectures_are_named_as_compilers_do():

@@ -60,7 +60,7 @@ def test_from_the_third_step_on_the_program_itself_is_launched(run, launched):
     steps, y, h_0 = run(T)
     (grid, first, options), (_, second, _) = ordinary
     assert [given["s"] for _, given, _ in ordinary] == list(steps[:2])
-    assert set(options) == {"num_warps", "num_stages"}
+    assert set(options) == {"num_warps", "num_stages", "enable_fp_fusion"}
     if run is forward:
         assert first["h_ptr"] is h_0 and second["h_ptr"] is y
     kernel = lstm_step.lstm_step_fwd if run is forward else lstm_step.lstm_step_bwd

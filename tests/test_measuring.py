@@ -24,7 +24,7 @@ from gatematch.kernels import config, pairwise, pairwise_stream  # noqa: E402
 from gatematch.kernels.pairwise_prepare import prepare  # noqa: E402
 
 CPU = torch.device("cpu")
-# Register allocation changes from version to version; this is the one that torch 2.13 comes with.
+# Register allocation changes from version to version; this is the one of constraints.txt.
 GATED = "3.6.0"
 PATHS = {path.name: path for path in expansion.paths()}
 
@@ -152,8 +152,8 @@ def test_a_barrier_releases_and_acquires(variant, kernel, programs, warps, tmp_p
     opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", sass, re.M)
     memory = " ".join(o for o in opcodes if re.match(r"STG|BAR|MEMBAR|RED|ATOM|CCTL|LDG", o))
     # When every warp is there, one thread releases what all have stored and acquires what others released.
-    released = r"BAR\S* MEMBAR\.\S+\.GPU (RED|ATOM)\S+\.STRONG\.GPU"
-    acquired = r"BAR\S* (LDG|ATOM)\S+\.STRONG\.GPU CCTL\.IVALL BAR\S*"
+    released = r"(BAR\S* )+MEMBAR\.\S+\.GPU (RED|ATOM)\S+\.STRONG\.GPU"
+    acquired = r"(BAR\S* )?(LDG|ATOM)\S+\.STRONG\.GPU CCTL\.IVALL BAR\S*"
     stored, loaded = (r"STG\S* ", r" LDG\S+\.STRONG\.GPU") if variant == "exchange" else ("", "")
     assert re.search(f"{stored}{released} {acquired}{loaded}", memory), memory
     if variant == "exchange" and triton.__version__ == GATED:  # all pieces are asked for before one is used

@@ -24,8 +24,8 @@ START = Config({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=1)
 
 
 def test_neighbours_are_one_step_away():
-    options = [neighbour.options for neighbour in tune.neighbours(START)]
-    steps = [{name: size for name, size in o.items() if START.options[name] != size} for o in options]
+    options = [neighbour.numbers for neighbour in tune.neighbours(START)]
+    steps = [{name: size for name, size in o.items() if START.numbers[name] != size} for o in options]
     assert steps == [
         {"BLOCK_M": 32},
         {"BLOCK_M": 128},
@@ -54,7 +54,7 @@ def test_the_search_climbs_to_the_best_and_asks_once():
     asked = []
 
     def cost(tile):
-        asked.append(str(tile.options))
+        asked.append(str(tile.numbers))
         return 1 + abs(math.log2(tile.blocks["BLOCK_N"] / 128)) + abs(tile.num_stages - 3)
 
     best, before, after, candidates = climb(cost)
@@ -248,8 +248,8 @@ def test_what_was_found_is_written_and_the_other_entries_are_kept(pool, tmp_path
         "before_ms": None,
         "after_ms": 2.0,
         "candidates": row["candidates"],
-        "config_before": entry.tile.options,
-        "config_after": {**entry.tile.options, "num_warps": 4},
+        "config_before": entry.tile.numbers,
+        "config_after": {**entry.tile.numbers, "num_warps": 4},
     }
     assert row["candidates"] > 10
 
