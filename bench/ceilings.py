@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gatematch.kernels.precision import library_products
+from gatematch.precision import library_products
 
 from .timing import device_seconds
 

@@ -1,8 +1,8 @@
-"""A layer of the LSTM, forward and backward, and a step of the cell by the kernels, as PyTorch ops.
+"""A layer of the LSTM, and a step of the cell by the kernels, as PyTorch ops ``torch.ops.gatematch.lstm_*``.
 
-torch.compile does not look into ``torch.ops.gatematch.lstm_*``. A layer with `impl` "torch" is torch's own
-fused op, on any device; all else are the kernels, on CUDA, or on the CPU where Triton interprets them. The
-ops know no derivatives: autograd.py does. See layer.py for what is computed and for the shapes.
+torch.compile does not look into them. A layer with `impl` "torch" is torch's own fused op, on any device; all else
+are the kernels, on CUDA, or on the CPU where Triton interprets them. gatematch/ops.py makes derivatives and vmap from
+what is declared here. See layer.py for what is computed and for the shapes, fused.py where `impl` is "torch".
 """
 
 import functools
@@ -10,21 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from gatematch.kernels.autograd import (
-    called_directly,
-    fake_gradients,
-    no_autocast,
-    or_empty,
-    refuse_forward_mode,
-    refuse_tangents,
-)
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
+from gatematch.ops import Grads, Op, no_autocast
 
 from . import fused
+from .reference import lstm_cell_reference
 
 Lengths = Tensor | None
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @functools.cache
@@ -45,34 +39,34 @@ def _layer(
     weights: list[Tensor],
     projected: bool,
     impl: str,
+    with_cells: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and, if `save`, cells; the kernels also gates and, projected, m; empty ones else."""
-    refuse_forward_mode()
-    gates = m = None
+) -> Outputs:
     if impl == "torch":
         with no_autocast(x):
-            y, h_n, c_n, cells = fused.layer(x, h_0, c_0, lengths, weights, projected, save)
-    else:
-        call = (x, h_0, c_0, lengths, weights, projected, impl, save)
-        y, h_n, c_n, cells, gates, m = _kernels()[0].forward(*call)
-    return y, h_n, c_n, or_empty(cells, x, fused.state_dtype(x)), or_empty(gates, x), or_empty(m, x)
+            return *fused.layer(x, h_0, c_0, lengths, weights, projected, with_cells), None, None
+    return _kernels()[0].forward(x, h_0, c_0, lengths, weights, projected, impl, with_cells or save)
 
 
-layer_op = custom_op("gatematch::lstm_layer", _layer, mutates_args=())
-
-
-@layer_op.register_fake
-def _(x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *options: Any) -> Any:
-    projected, impl, save = options
+def _fake_layer(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    lengths: Lengths,
+    weights: list[Tensor],
+    projected: bool,
+    impl: str,
+    with_cells: bool,
+    save: bool,
+) -> Outputs:
     N, H = len(h_0), c_0.shape[2] + -c_0.shape[2] % HIDDEN_MULTIPLE
     T, B, _ = x.shape
-    results = x.new_empty(T, B, N * h_0.shape[2]), x.new_empty(h_0.shape), x.new_empty(c_0.shape)
-    dtype = fused.state_dtype(x)
-    cells = x.new_empty(N, T, B, H, dtype=dtype) if save else None
+    save = with_cells or (save and impl != "torch")
+    cells = x.new_empty(N, T, B, H, dtype=fused.state_dtype(x)) if save else None
     gates = x.new_empty(N, T, B, 4 * H) if save and impl != "torch" else None
     m = x.new_empty(T, B, N * H) if gates is not None and projected else None
-    return *results, or_empty(cells, x, dtype), or_empty(gates, x), or_empty(m, x)
+    y = x.new_empty(T, B, N * h_0.shape[2])
+    return y, x.new_empty(h_0.shape), x.new_empty(c_0.shape), cells, gates, m
 
 
 def _layer_backward(
@@ -92,42 +86,105 @@ def _layer_backward(
     projected: bool,
     impl: str,
     wanted: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, h_0, c_0 and the weights, empty where not wanted."""
+) -> Grads:
     upstream = g_y, g_h_n, g_c_n, g_cells
-    refuse_tangents(*upstream)
     if impl == "torch":
-        grads = fused.layer_gradient(x, h_0, c_0, lengths, weights, upstream, projected, wanted)
-    else:
-        saved = y, cells, gates, m if projected else None
-        call = (x, h_0, c_0, lengths, weights, *saved, *upstream, projected, impl, wanted)
-        grads = _kernels()[0].backward(*call)
-    return [or_empty(grad, x) for grad in grads]
+        return tuple(fused.layer_gradient(x, h_0, c_0, lengths, weights, upstream, projected, wanted))
+    saved = y, cells, gates, m if projected else None
+    call = (x, h_0, c_0, lengths, weights, *saved, *upstream, projected, impl, wanted)
+    return tuple(_kernels()[0].backward(*call))
 
 
-layer_backward_op = custom_op("gatematch::lstm_layer_backward", _layer_backward, mutates_args=())
-
-
-@layer_backward_op.register_fake
-def _(
-    x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *others: Any
-) -> list[Tensor]:
-    return list(fake_gradients((x, h_0, c_0, *weights), others[-1]))
+# y, h_n, c_n and, `with_cells` or where the kernels save them, cells; the kernels save gates and, projected, m.
+layer = Op(
+    "lstm_layer",
+    _layer,
+    _fake_layer,
+    _layer_backward,
+    fused.reference_layer,
+    outputs=("y", "h_n", "c_n", "cells", "gates", "m"),
+    results=4,
+    wrt=("x", "h_0", "c_0", "weights"),
+    batch={
+        "x": 1,
+        "h_0": 1,
+        "c_0": 1,
+        "lengths": 0,
+        "y": 1,
+        "h_n": 1,
+        "c_n": 1,
+        "cells": 2,
+        "gates": 2,
+        "m": 1,
+    },
+    # torch's own op is computed once more.
+    spared=lambda impl, **call: ("y", "cells", "gates", "m") if impl == "torch" else (),
+    products=no_autocast,
+)
 
 
 def _cell(
     x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next h and c and, if `save`, the gates, an empty tensor else."""
-    refuse_forward_mode()
+) -> tuple[Tensor, Tensor, Tensor | None]:
     layer, lstm_step = _kernels()
     x, h, c, *weights = (tensor.contiguous() for tensor in (x, h, c, *weights))
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
-    h_next, c_next, gates = lstm_step.cell_forward(
-        x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, precision=layer.precision(), save=save
-    )
-    return h_next, c_next, or_empty(gates, x)
+    call = (x, weight_ih, weight_hh, bias_ih, bias_hh, h, c)
+    return lstm_step.cell_forward(*call, precision=layer.precision(), save=save)
+
+
+def _fake_cell(
+    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    gates = x.new_empty(x.shape[0], 4 * c.shape[1]) if save else None
+    return x.new_empty(h.shape), x.new_empty(c.shape), gates
+
+
+def _cell_backward(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: list[Tensor],
+    gates: Tensor,
+    g_h_next: Tensor | None,
+    g_c_next: Tensor | None,
+    wanted: list[bool],
+) -> Grads:
+    layer, lstm_step = _kernels()
+    g_h = torch.zeros_like(h) if g_h_next is None else g_h_next
+    g_c = torch.zeros_like(c) if g_c_next is None else g_c_next
+    dz, dc = lstm_step.cell_gradient(gates, c.contiguous(), g_h.contiguous(), g_c.contiguous())
+    with layer.products(x):
+        grads = [
+            dz @ weights[0] if wanted[0] else None,
+            dz @ weights[1] if wanted[1] else None,
+            dc,
+            dz.T @ x if wanted[3] else None,
+            dz.T @ h if wanted[4] else None,
+        ]
+        if len(weights) == 4:
+            bias = dz.sum(0) if any(wanted[5:]) else None
+            grads += [bias, None if bias is None else bias.clone()]
+    return tuple(grads)
+
+
+def _cell_reference(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return lstm_cell_reference(x, (h, c), *weights)
+
+
+cell = Op(
+    "lstm_cell",
+    _cell,
+    _fake_cell,
+    _cell_backward,
+    _cell_reference,
+    outputs=("h_next", "c_next", "gates"),
+    results=2,
+    wrt=("x", "h", "c", "weights"),
+    batch=dict.fromkeys(("x", "h", "c", "h_next", "c_next", "gates"), 0),
+    products=no_autocast,
+)
 
 
 def single_step(
@@ -144,84 +201,3 @@ def single_step(
         x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, precision=layer.precision(), save=False, h_n=h_n
     )
     return y, h_n, c_n.unsqueeze(0)
-
-
-cell_op = custom_op("gatematch::lstm_cell", _cell, mutates_args=())
-
-
-@cell_op.register_fake
-def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    gates = x.new_empty(x.shape[0], 4 * c.shape[1]) if save else x.new_empty(0)
-    return x.new_empty(h.shape), x.new_empty(c.shape), gates
-
-
-def _cell_backward(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: list[Tensor],
-    gates: Tensor,
-    g_h: Tensor | None,
-    g_c: Tensor | None,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, h, c and the weights, empty where not wanted."""
-    layer, lstm_step = _kernels()
-    refuse_tangents(g_h, g_c)
-    g_h = torch.zeros_like(h) if g_h is None else g_h
-    g_c = torch.zeros_like(c) if g_c is None else g_c
-    dz, dc = lstm_step.cell_gradient(gates, c.contiguous(), g_h.contiguous(), g_c.contiguous())
-    with layer.products(x):
-        grads = [
-            dz @ weights[0] if wanted[0] else None,
-            dz @ weights[1] if wanted[1] else None,
-            dc,
-            dz.T @ x if wanted[3] else None,
-            dz.T @ h if wanted[4] else None,
-        ]
-        if len(weights) == 4:
-            bias = dz.sum(0) if any(wanted[5:]) else None
-            grads += [bias, None if bias is None else bias.clone()]
-    return [or_empty(grad if want else None, x) for grad, want in zip(grads, wanted, strict=True)]
-
-
-cell_backward_op = custom_op("gatematch::lstm_cell_backward", _cell_backward, mutates_args=())
-
-
-@cell_backward_op.register_fake
-def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], *others: Any) -> list[Tensor]:
-    return list(fake_gradients((x, h, c, *weights), others[-1]))
-
-
-def layer(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    lengths: Lengths,
-    weights: list[Tensor],
-    projected: bool,
-    impl: str,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """`layer_op`, or what it calls."""
-    direct = impl != "torch" and called_directly(x, h_0, c_0, lengths, *weights)
-    return (_layer if direct else layer_op)(x, h_0, c_0, lengths, weights, projected, impl, save)
-
-
-def layer_backward(*args: Any) -> list[Tensor]:
-    """`layer_backward_op`, or what it calls."""
-    x, h_0, c_0, lengths, weights, *others = args
-    direct = others[-2] != "torch" and called_directly(x, h_0, c_0, lengths, *weights, *others[:8])
-    return (_layer_backward if direct else layer_backward_op)(*args)
-
-
-def cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`cell_op`, or what it calls."""
-    return (_cell if called_directly(x, h, c, *weights) else cell_op)(x, h, c, weights, save)
-
-
-def cell_backward(*args: Any) -> list[Tensor]:
-    """`cell_backward_op`, or what it calls."""
-    x, h, c, weights, *saved, _ = args
-    direct = called_directly(x, h, c, *weights, *saved)
-    return (_cell_backward if direct else cell_backward_op)(*args)

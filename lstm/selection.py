@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from gatematch.kernels.config import architecture
 from gatematch.kernels.recurrence import processors
 
-from .paths import KERNELS
+from .checks import KERNELS
 
 _log = logging.getLogger("gatematch")
 

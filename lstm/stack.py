@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gatematch.kernels.autograd import called_directly, may_be_differentiated, no_autocast
+from gatematch.ops import no_autocast
+from gatematch.torch_private import bypasses_dispatcher
 
-from . import autograd, ops
+from . import ops
 from .checks import Spec, State
 from .reference import drop
 
@@ -59,18 +60,16 @@ def layers(
             if by_cell:
                 x, h, c = _single_step(x, h_0[states], c_0[states], own)
             else:
-                x, h, c, cells = autograd.lstm_layer(
-                    x,
-                    h_0[states],
-                    c_0[states],
-                    lengths,
-                    own,
-                    spec.proj_size > 0,
-                    impl,
-                    return_cells and layer == spec.num_layers - 1,
-                )
+                with_cells = return_cells and layer == spec.num_layers - 1
+                call = (x, h_0[states], c_0[states], lengths, own, spec.proj_size > 0, impl, with_cells)
+                x, h, c, cells, *_ = ops.layer(*call)
             h_n.append(h)
             c_n.append(c)
+        if not return_cells:
+            cells = None
+        else:  # (T, B, N·H), a copy always: the backward pass needs cells as they are
+            c = cells[..., : c_0.shape[2]].permute(1, 2, 0, 3)
+            cells = c.to(x.dtype, copy=True, memory_format=torch.contiguous_format).flatten(2)
         if spec.num_layers == 1:
             return x, h_n[0], c_n[0], cells
         return x, torch.cat(h_n), torch.cat(c_n), cells
@@ -87,8 +86,8 @@ def single_step(
     if spec.num_layers > 1 or spec.bidirectional or spec.proj_size:
         return None
     tensors = (x, *weights) if hx is None else (x, *hx, *weights)
-    plain = not torch.is_autocast_enabled(x.device.type) and called_directly(*tensors)
-    if not plain or may_be_differentiated(*tensors):
+    recorded = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    if recorded or torch.is_autocast_enabled(x.device.type) or not bypasses_dispatcher(tensors):
         return None
     y, h_n, c_n = ops.single_step(x.squeeze(time), hx, weights)
     return y.unsqueeze(time), (h_n, c_n)
@@ -99,7 +98,7 @@ def _single_step(x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> 
     and the kernel of a cell takes in x W_ihᵀ and the biases."""
     N = len(h_0)
     size = len(weights) // N
-    steps = [autograd.lstm_cell(x[0], h_0[d], c_0[d], weights[d * size : (d + 1) * size]) for d in range(N)]
+    steps = [ops.cell(x[0], h_0[d], c_0[d], weights[d * size : (d + 1) * size])[:2] for d in range(N)]
     h_n = torch.stack([h for h, _ in steps])  # a copy: y and h_n do not share memory
     if N == 1:
         return steps[0][0].unsqueeze(0), h_n, steps[0][1].unsqueeze(0)
@@ -110,7 +109,8 @@ def cell(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:
     """The next h and c; x (B, I)."""
     x, h, c, *weights = _cast(x, *hx, *weights)
     with no_autocast(x):
-        return autograd.lstm_cell(x, h, c, weights)
+        h, c, _ = ops.cell(x, h, c, weights)
+    return h, c
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:

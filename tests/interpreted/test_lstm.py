@@ -212,7 +212,7 @@ def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
     x, state = torch.randn(4, 3, 3), torch.randn(1, 3, 16)
 
     def run(lengths):
-        return ops.layer_op(x, state, state, lengths, weights, False, "step", False)[:3]
+        return ops.layer.forward_op(x, state, state, lengths, weights, False, "step", False, False)[:3]
 
     torch.testing.assert_close(
         run(torch.tensor([-5, 10**9, 2])), run(torch.tensor([0, 4, 2])), rtol=0, atol=0
@@ -334,14 +334,14 @@ def test_every_way_to_cut_the_work(units, rows, chunk, resident, H):
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
     saves = []
-    op = ops.layer
-    monkeypatch.setattr(ops, "layer", lambda *args: saves.append(args[-1]) or op(*args))
+    compute = ops.layer.compute
+    monkeypatch.setattr(ops.layer, "compute", lambda *args: saves.append(args[-2:]) or compute(*args))
     model, x = LSTM(3, 5, impl="step"), torch.randn(2, 2, 3)
     model(x)
     with torch.no_grad():
         model(x)
         model(x, return_cells=True)
-    assert saves == [True, False, True]
+    assert saves == [(False, True), (False, False), (True, False)]  # with_cells, save
 
 
 def test_the_second_derivative_is_the_references():
@@ -428,23 +428,29 @@ def opcheck_inputs(name):
     T, B, I, H, P = 3, 2, 4, 18, 3
     params = [p.detach() for p in LSTM(I, H, bidirectional=True, proj_size=P).parameters()]
     x, h, c = torch.randn(T, B, I), torch.randn(2, P, B).mT, torch.randn(1, 1, H).expand(2, B, H)
-    call = (x, h, c, None, params, True, "step")
-    y, _, c_n, cells, gates, m = ops.layer_op(*call, True)
+    call = (x, h, c, None, params, True, "step", True)
+    y, _, c_n, cells, gates, m = ops.layer.forward_op(*call, True)
     wanted = [True, False, True, *[True, False, True, True, True] * 2]
     cell = [p.detach() for p in LSTMCell(I, H).parameters()]
     step = (x[0], torch.randn(H, B).T, c[0], cell)
-    _, _, cell_gates = ops.cell_op(*step, True)
+    _, _, cell_gates = ops.cell.forward_op(*step, True)
     return {
-        "layer_op": (*call, True),
-        "layer_backward_op": (*call[:5], y, cells, gates, m, y, None, c_n, cells, True, "step", wanted),
-        "cell_op": (*step, True),
-        "cell_backward_op": (*step, cell_gates, step[1], None, [True, False, True, True, True, True, False]),
+        "lstm_layer": (*call, True),
+        "lstm_layer_backward": (*call[:5], y, cells, gates, m, y, None, c_n, cells, True, "step", wanted),
+        "lstm_cell": (*step, True),
+        "lstm_cell_backward": (
+            *step,
+            cell_gates,
+            step[1],
+            None,
+            [True, False, True, True, True, True, False],
+        ),
     }[name]
 
 
-@pytest.mark.parametrize("name", [name for name in vars(ops) if name.endswith("_op") and name != "custom_op"])
+@pytest.mark.parametrize("name", ["lstm_layer", "lstm_layer_backward", "lstm_cell", "lstm_cell_backward"])
 def test_opcheck(name):
-    torch.library.opcheck(getattr(ops, name), opcheck_inputs(name))
+    torch.library.opcheck(getattr(torch.ops.gatematch, name).default, opcheck_inputs(name))
 
 
 def test_compiled():
