@@ -1,6 +1,6 @@
 """Pairwise attention as ops ``torch.ops.gatematch.pairwise_*``, opaque to torch.compile.
 
-`impl` says who computes: "torch" (`by_torch.py`) on any device and in any dtype, or "triton" (`by_triton.py`).
+`impl` says who computes: "torch" (by_torch.py) on any device and in any dtype, or "triton" (by_triton.py).
 gatematch/ops.py makes derivatives and vmap from what is declared here.
 
 Shapes: q (B, Q, D), a (B, A, D), v (B, A, V), S (B, Q, A), lengths (B,). What an op leaves out is empty.
@@ -35,21 +35,20 @@ def _by(impl: str) -> ModuleType:
 
 
 def _products(x: Tensor) -> AbstractContextManager[Any]:
-    """Exact products, whatever autocast and torch's switches say. A compiler cannot follow the switches' lock."""
+    """Exact products, whatever autocast and torch's switches say; a compiler cannot follow their lock."""
     return no_autocast(x) if torch.compiler.is_compiling() else library_products(x.device.type)
 
 
 def _wide(reference: Callable[..., Any]) -> Callable[..., Any]:
     """A reference that computes in float32 at least."""
 
+    def wide(x: Any) -> Any:
+        floats = isinstance(x, Tensor) and x.is_floating_point()
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if floats else x
+
     @functools.wraps(reference)
-    def computed(q: Tensor, *others: Any, **named: Any) -> Any:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        args = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in others]
-        named = {
-            n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in named.items()
-        }
-        return reference(q.to(dtype), *args, **named)
+    def computed(*args: Any, **named: Any) -> Any:
+        return reference(*map(wide, args), **{name: wide(x) for name, x in named.items()})
 
     return computed
 
@@ -156,7 +155,8 @@ def _attend_reference(
     return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, "rows" if normalize else None)
 
 
-# S @ v (B, Q, V). With `normalize` its rows divided by their sums r (B, Q); both are then in float32 at least.
+# O = S @ v (B, Q, V). With `normalize` its rows are divided by their sums r (B, Q), and both are in float32
+# at least.
 attend = Op(
     "pairwise_attend",
     _attend,

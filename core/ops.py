@@ -1,11 +1,13 @@
-"""An op, declared once: both custom ops, their fake tensors, both autograd Functions, and vmap come from that.
+"""An op, declared once: its custom ops, fake tensors, autograd Functions and vmap come from one declaration.
 
-An op is a pair of `torch.autograd.Function`s, forward and backward, around a pair of custom ops. The first derivative
-is the backward op's. The second is that of the plain torch reference, computed only when it is asked for
-(`second_derivative`). Under vmap the samples become rows of one larger batch (`vmapped`).
+An op is a pair of `torch.autograd.Function`s, forward and backward, around a pair of custom ops. The first
+derivative is the backward op's. The second is that of the plain torch reference, computed only when it is
+asked for (`second_derivative`). Under vmap the samples become rows of one larger batch (`vmapped`). What is
+compiled or exported takes the custom op with its registered autograd, which has the first derivative alone.
 
-Forward-mode derivatives take the reference from the start (see plan.py): inside an op tangents would be lost, and with
-a jvp rule of its own an autograd.Function gives zeros, without an error, for the jvp of a jvp (torch 2.13).
+Forward-mode derivatives take the reference from the start (see plan.py): inside an op tangents would be
+lost, and with a jvp rule of its own an autograd.Function gives zeros, without an error, for the jvp of a
+jvp (torch 2.13).
 """
 
 import contextlib
@@ -22,13 +24,13 @@ from . import torch_private
 from .torch_private import bypasses_dispatcher, forward_mode, transformed
 
 Grads = tuple[Tensor | None, ...]
-# Of autograd.grad's own vmap, which is never inside another. Only the thread that called autograd.grad counts its
-# levels, and backward passes on CUDA are in others.
+# Of autograd.grad's own vmap, which is never inside another. Only the thread that called autograd.grad counts
+# its levels, and backward passes on CUDA are in others.
 _LEVEL = 1
 
 
 class _Flat:
-    """The names of some arguments, of which one may be a list of tensors: a Function takes its elements last."""
+    """The names of some arguments. One may be a list of tensors, whose elements a Function takes last."""
 
     def __init__(self, names: Iterable[str], listed: str | None) -> None:
         names = list(names)
@@ -56,23 +58,24 @@ class _Flat:
 class Op:
     """A differentiable op, `torch.ops.gatematch.NAME`.
 
-    Everything is matched by the names of parameters. What a backward pass needs of the arguments and outputs is a
-    parameter of `backward` under the same name. Its parameter `g_NAME` is the gradient of the result NAME, None for
-    zeros. The outputs that are no results are what `forward` saves for it.
+    Parameters are matched by their names. An argument or output that the backward pass needs is a parameter
+    of `backward` under the same name; `g_NAME` is the gradient of the result NAME, None for zeros. The
+    outputs that are no results are what `forward` saves for it.
 
     Args:
         name: of the op, in the namespace `gatematch`.
-        forward: from arguments, a tensor first, to the outputs; None for one that is left out, which the op returns as
-            an empty tensor. If there is a last parameter `save: bool`, it says whether there may be a backward pass.
+        forward: from arguments, a tensor first, to the outputs. None stands for one that is left out; the op
+            returns an empty tensor for it. A last parameter `save: bool`, if there is one, says whether
+            there may be a backward pass.
         fake: the same for fake tensors.
-        backward: from what it needs and, last, `wanted: list[bool]` to the gradients of `wrt`; only those that are
-            wanted count.
-        reference: arguments to the results, in plain torch, differentiable as often as one likes.
+        backward: from what it needs and, last, `wanted: list[bool]` to the gradients of `wrt`. Those that are
+            not wanted may be anything.
+        reference: from arguments to the results, in plain torch, differentiable as often as one likes.
         outputs: their names; the first `results` of them are results.
         wrt: the arguments that can be differentiated. A list of tensors, if there is one, comes last.
         batch: the batch dimension of each argument and output that has one.
-        spared: from the arguments that are no tensors, by name, to the outputs that the backward pass of such a call
-            does not read: it gets empty tensors, and they are not kept.
+        spared: from the arguments that are no tensors, by name, to the outputs that the backward pass of such
+            a call does not read. They are not kept, and it gets empty tensors.
         products: from a tensor to the context in which the second derivative is computed.
 
     Annotations of `forward` and `backward` must be types, not strings: they give the custom ops' schemas.
@@ -137,12 +140,10 @@ class Op:
         self._register_autograd()
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """All outputs, for arguments in the order of `forward`, without `save`. A result that was left out is empty."""
+        """All outputs, empty where left out, for the arguments of `forward` in its order, without `save`."""
         flat = args if self.given.place is None else self.given.flat(args)
         recorded = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in flat])
-        if (
-            torch.compiler.is_compiling()
-        ):  # which follows an op's registered autograd, and no Function of ours
+        if torch.compiler.is_compiling():  # Dynamo follows the registered autograd, but not these Functions
             return self.forward_op(*args, *[recorded] * self.saves)
         if recorded or torch_private.innermost_transform() is not None:
             return self.Forward.apply(*flat)
@@ -160,8 +161,8 @@ class Op:
         def backward(ctx: Any, *grads: Tensor | None) -> Grads:
             if not ctx.complete:
                 raise NotImplementedError(
-                    "a program that was exported without gradients has no backward pass: export it with gradients enabled "
-                    "and inputs or parameters that require them"
+                    "a program that was exported without gradients has no backward pass: export it where "
+                    "gradients are enabled, with inputs or parameters that require them"
                 )
             needs = ctx.needs_input_grad
             ctx.needs_input_grad = self.given.flat(needs[: len(needs) - self.saves])
@@ -171,7 +172,7 @@ class Op:
         self.forward_op.register_autograd(backward, setup_context=setup_context)
 
     def backward_named(self, **named: Any) -> Grads:
-        """`backward_pass` of the backward op's arguments by name, `wanted` among them; for an op without a list."""
+        """`backward_pass`, the backward op's arguments by name; for an op without a list of tensors."""
         return self.backward_pass(named["wanted"], [named[n] for n in self.needed.fixed])
 
     def backward_pass(self, wanted: tuple[bool, ...], args: Sequence[Any]) -> Grads:
@@ -192,7 +193,7 @@ def _functions(op: Op) -> tuple[type[Function], type[Function]]:
     """The autograd Functions around an op and around its backward op."""
     given, needed, W, U = op.given, op.needed, len(op.wrt), len(op.upstream)
     F, N = len(given.fixed), len(needed.fixed)
-    # The forward pass keeps `tensors`, `outputs`, the list and `statics`; the backward op takes them in another order.
+    # The forward pass keeps `tensors`, `outputs`, the list and `statics`; `order` is the backward op's.
     tensors = [n for n in given.fixed if n in op.tensors and n in needed.fixed]
     statics = [n for n in given.fixed if n not in op.tensors]
     outputs = [n for n in op.outputs if n in needed.fixed]
@@ -299,7 +300,7 @@ def _functions(op: Op) -> tuple[type[Function], type[Function]]:
             return vmapped(Backward.apply, info.batch_size, in_dims, flat, dims, out_dims, summed)
 
     for function in (Forward, Backward):
-        # `apply` asks for the signature in every call, and finds it there: to work it out takes as long as the rest.
+        # `apply` asks for the signature in every call; to work it out takes as long as all the rest.
         function.forward.__signature__ = inspect.signature(function.forward)
     return Forward, Backward
 

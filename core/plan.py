@@ -35,7 +35,8 @@ def who_computes(
     Args:
         impl: "auto", "torch", "triton" or the name of a kernel.
         around: what surrounds the call, from `torch_private.surroundings`.
-        named: the kernels that can be asked for by name, and `serving` those of them that serve this kind of call.
+        named: the kernels that can be asked for by name.
+        serving: those of them that serve this kind of call.
 
     Raises:
         ValueError: `impl` is unknown, or asks for kernels that cannot serve the call.

@@ -1,7 +1,7 @@
 """torch's private API: every use of it in this package, what for, and what it says of a call.
 
-tests/test_torch_private.py calls each, so that a test says which one it is when torch changes it. Aliases are torch's
-own objects: TorchDynamo knows them.
+tests/test_torch_private.py calls each: when torch changes one, a test says which. Aliases are torch's own
+objects, which TorchDynamo knows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-# The innermost level of torch.func (grad, vmap, jvp) around this call, None outside. Not for code that Dynamo traces.
+# The innermost level of torch.func (grad, vmap, jvp) around this call, None outside. Dynamo cannot trace it.
 innermost_transform = torch._C._functorch.peek_interpreter_stack
 # autograd.grad(is_grads_batched=True) has a vmap of its own, above autograd, without rules for Functions.
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -53,9 +53,8 @@ def transformed() -> bool:
 
 
 def bypasses_dispatcher(args: Iterable[Any]) -> bool:
-    """True if an op may bypass the dispatcher: no mode, compiler or tracer is active, no tensor is of a subclass.
-
-    On the way through the dispatcher a host takes longer than a GPU for a single step.
+    """True if an op may bypass the dispatcher: no mode, compiler or tracer is active, no tensor is of a
+    subclass. The dispatcher costs the host more time than a GPU takes for a single step.
     """
     return (
         not torch.compiler.is_compiling()

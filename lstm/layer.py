@@ -131,9 +131,10 @@ def forward(
                 torch.addmm(bias, rows, weight.T, out=out)
             if projected:
                 _add_to_first_steps(z[d], d, lengths, h_0[d] @ _fill(direction.weight_hh, H, filled).T)
-        start = (
-            h_0.new_zeros(N, B, filled) if projected else h_0.contiguous() if exact else _filled(h_0, filled)
-        )
+        if projected:
+            start = h_0.new_zeros(N, B, filled)
+        else:
+            start = h_0.contiguous() if exact else _filled(h_0, filled)
         m, h_n, c_n, cells = launch(
             impl,
             layer,

@@ -1,8 +1,9 @@
 """A layer of the LSTM, and a step of the cell by the kernels, as PyTorch ops ``torch.ops.gatematch.lstm_*``.
 
-torch.compile does not look into them. A layer with `impl` "torch" is torch's own fused op, on any device; all else
-are the kernels, on CUDA, or on the CPU where Triton interprets them. gatematch/ops.py makes derivatives and vmap from
-what is declared here. See layer.py for what is computed and for the shapes, fused.py where `impl` is "torch".
+torch.compile does not look into them. A layer with `impl` "torch" is torch's own fused op, on any device; all
+else are the kernels, on CUDA, or on the CPU where Triton interprets them. gatematch/ops.py makes
+derivatives and vmap from what is declared here. layer.py says what is computed, and the shapes; fused.py
+where `impl` is "torch".
 """
 
 import functools
@@ -95,7 +96,8 @@ def _layer_backward(
     return tuple(_kernels()[0].backward(*call))
 
 
-# y, h_n, c_n and, `with_cells` or where the kernels save them, cells; the kernels save gates and, projected, m.
+# y, h_n, c_n, and cells where `with_cells` asks for them or the kernels save them. The kernels also save
+# gates and, with a projection, m.
 layer = Op(
     "lstm_layer",
     _layer,
@@ -106,16 +108,10 @@ layer = Op(
     results=4,
     wrt=("x", "h_0", "c_0", "weights"),
     batch={
-        "x": 1,
-        "h_0": 1,
-        "c_0": 1,
         "lengths": 0,
-        "y": 1,
-        "h_n": 1,
-        "c_n": 1,
         "cells": 2,
         "gates": 2,
-        "m": 1,
+        **dict.fromkeys(("x", "h_0", "c_0", "y", "h_n", "c_n", "m"), 1),
     },
     # torch's own op is computed once more.
     spared=lambda impl, **call: ("y", "cells", "gates", "m") if impl == "torch" else (),

@@ -431,6 +431,7 @@ def opcheck_inputs(name):
     call = (x, h, c, None, params, True, "step", True)
     y, _, c_n, cells, gates, m = ops.layer.forward_op(*call, True)
     wanted = [True, False, True, *[True, False, True, True, True] * 2]
+    some = [True, False, True, True, True, True, False]
     cell = [p.detach() for p in LSTMCell(I, H).parameters()]
     step = (x[0], torch.randn(H, B).T, c[0], cell)
     _, _, cell_gates = ops.cell.forward_op(*step, True)
@@ -438,13 +439,7 @@ def opcheck_inputs(name):
         "lstm_layer": (*call, True),
         "lstm_layer_backward": (*call[:5], y, cells, gates, m, y, None, c_n, cells, True, "step", wanted),
         "lstm_cell": (*step, True),
-        "lstm_cell_backward": (
-            *step,
-            cell_gates,
-            step[1],
-            None,
-            [True, False, True, True, True, True, False],
-        ),
+        "lstm_cell_backward": (*step, cell_gates, step[1], None, some),
     }[name]
 
 
