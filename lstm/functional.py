@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gatematch.plan import TABLE, who_computes
 from gatematch.torch_private import surroundings
 
-from . import stack
+from . import ops
 from .checks import (
     KERNELS,
     Spec,
@@ -137,7 +137,7 @@ def lstm_cell(
         zeros = x.new_zeros(x.shape[0], weight_hh.shape[1])
         hx = (zeros, zeros)
     if by_kernel:
-        h, c = stack.cell(x, hx, weights)
+        h, c = ops.one_step(x, hx, weights)
     elif not plain:
         h, c = lstm_cell_reference(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
@@ -175,7 +175,7 @@ def run(
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     path = _path(x, impl)
     if path == "triton" and lengths is None and not (return_cells or unbatched):
-        single = stack.single_step(x, weights, spec, hx, 1 if batch_first else 0, impl)
+        single = ops.single_step(x, weights, spec, hx, 1 if batch_first else 0, impl)
         if single is not None:
             return single
     if hx is None:
@@ -193,7 +193,7 @@ def run(
         x = x.transpose(0, 1) if batch_first else x
         rows = None if packing is None else packing.rows(x.shape, batch_first=False)
         call = (x, weights, spec, hx, lengths, dropout, training, rows, return_cells)
-        y, h_n, c_n, c = stack.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
+        y, h_n, c_n, c = ops.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
         cells = () if c is None else (c,)
         if batch_first:
             y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
@@ -231,7 +231,7 @@ def _run_packed(
         index = valid.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
         padded = scatter_rows(data, index, valid.shape)
         call = (padded, weights, spec, hx, valid.sum(0), dropout, training, index, return_cells)
-        y, h_n, c_n, c = stack.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
+        y, h_n, c_n, c = ops.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
         chosen = (y, c) if c is not None else (y,)
         outputs = [tensor.flatten(0, 1).index_select(0, index) for tensor in chosen]
     else:
@@ -281,7 +281,7 @@ def _as_fused(
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if path == "torch":
             call = (x, weights, spec, hx, lengths, dropout, training, packed_rows, return_cells)
-            y, h_n, c_n, c = stack.layers(*call, "torch")
+            y, h_n, c_n, c = ops.layers(*call, "torch")
         else:
             y, (h_n, c_n), cells = lstm_reference(
                 x,

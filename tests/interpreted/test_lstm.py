@@ -18,7 +18,8 @@ from triton.runtime.errors import InterpreterError, OutOfResources
 from gatematch.bench.launches import launched_with
 from gatematch.kernels import config, lstm_persistent, lstm_resident, lstm_step
 from gatematch.kernels import cooperative as launching
-from gatematch.lstm import LSTM, LSTMCell, ops, selection
+from gatematch.lstm import LSTM, LSTMCell, ops
+from gatematch.lstm import layer as layers
 from gatematch.lstm.reference import cell_update, lstm_cell_reference
 
 torch.set_num_threads(1)
@@ -33,7 +34,7 @@ def steps(kernel):
 
 
 def served(kernel, H, dtype):
-    return selection.serves(kernel, selection.Layer(H + -H % 16, dtype, "float32", torch.device("cpu")), True)
+    return layers.serves(kernel, layers.Layer(H + -H % 16, dtype, "float32", torch.device("cpu")), True)
 
 
 def cases():
@@ -475,18 +476,18 @@ def test_compiled():
     ],
 )
 def test_the_rule(hidden, dtype, kernel):
-    layer = selection.Layer(hidden, dtype, "float32", torch.device("cpu"))
-    assert selection.select(layer, False) == kernel
+    layer = layers.Layer(hidden, dtype, "float32", torch.device("cpu"))
+    assert layers.select(layer, False) == kernel
 
 
 def test_resident_serves_on_where_persistent_cannot(monkeypatch):
     monkeypatch.setattr(lstm_persistent, "serves", lambda *layer: False)
-    selection.serves.cache_clear()
+    layers.serves.cache_clear()
     kernels = {
-        H: selection.select(selection.Layer(H, torch.bfloat16, "float32", torch.device("cpu")), False)
+        H: layers.select(layers.Layer(H, torch.bfloat16, "float32", torch.device("cpu")), False)
         for H in (64, 128, 144)
     }
-    selection.serves.cache_clear()
+    layers.serves.cache_clear()
     assert kernels == {64: "resident", 128: "resident", 144: "step"}
 
 
@@ -497,7 +498,7 @@ def test_a_kernel_that_cannot_be_launched_is_replaced_once(monkeypatch, caplog):
         calls.append(1)
         raise OutOfResources(300, 227, "shared memory")
 
-    monkeypatch.setattr(selection, "_failed", set())
+    monkeypatch.setattr(layers, "_refused", set())
     monkeypatch.setattr(lstm_resident, "forward", failing)
     model, x = LSTM(3, 16, impl="triton"), torch.randn(2, 3, 3)
     y, _ = model(x)
@@ -689,7 +690,7 @@ def test_tf32_rounds_both_operands_backward(kernel, H):
     gates, c, weight = torch.rand(1, 1, 5, 4 * H), torch.randn(1, 1, 5, H), torch.randn(4 * H, H)
     state, g = torch.randn(1, 5, H), torch.randn(1, 5, H)
     with steps(kernel):
-        backward = selection._module(kernel).backward
+        backward = layers._module(kernel).backward
         dz, dh_0, _ = backward(gates, c, [weight], state, None, None, g, g, None, precision="tf32")
     want = emulated_tf32(dz[0, 0]).double() @ emulated_tf32(weight).double()
     cut = dz[0, 0].double() @ weight.double()
