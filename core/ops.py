@@ -109,12 +109,15 @@ class Op:
         self.reference, self.spared, self.products = reference, spared, products
 
         def compute(*args: Any) -> tuple[Tensor, ...]:
-            if forward_mode():
+            return tuple([args[0].new_empty(0) if y is None else y for y in forward(*args)])
+
+        def dispatched(*args: Any) -> tuple[Tensor, ...]:
+            if forward_mode():  # as only an exported program can be: who_computes takes the reference there
                 raise NotImplementedError(
                     "an op of gatematch has no forward-mode derivative; the functions and modules themselves "
                     "have one"
                 )
-            return tuple([args[0].new_empty(0) if y is None else y for y in forward(*args)])
+            return compute(*args)
 
         def gradients(*args: Any) -> list[Tensor]:
             if forward_mode() and any(map(_has_tangent, args)):
@@ -129,10 +132,10 @@ class Op:
             inputs = [*(named[n] for n in self.wrt), *named.get(listed, ())]
             return [x.new_empty(x.shape if want else 0) for x, want in zip(inputs, args[-1], strict=True)]
 
-        compute.__signature__ = taken.replace(return_annotation=tuple[(Tensor,) * len(outputs)])
+        dispatched.__signature__ = taken.replace(return_annotation=tuple[(Tensor,) * len(outputs)])
         gradients.__signature__ = needed.replace(return_annotation=list[Tensor])
         self.compute, self.gradients = compute, gradients
-        self.forward_op = custom_op(f"gatematch::{name}", compute, mutates_args=())
+        self.forward_op = custom_op(f"gatematch::{name}", dispatched, mutates_args=())
         self.forward_op.register_fake(lambda *args: _filled(args[0], fake(*args)))
         self.backward_op = custom_op(f"gatematch::{name}_backward", gradients, mutates_args=())
         self.backward_op.register_fake(fake_gradients)
@@ -141,7 +144,8 @@ class Op:
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """All outputs, empty where left out, for the arguments of `forward` in its order, without `save`."""
-        flat = args if self.given.place is None else self.given.flat(args)
+        k = self.given.place
+        flat = args if k is None else (*args[:k], *args[k + 1 :], *args[k])
         recorded = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in flat])
         if torch.compiler.is_compiling():  # Dynamo follows the registered autograd, but not these Functions
             return self.forward_op(*args, *[recorded] * self.saves)

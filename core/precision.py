@@ -59,7 +59,8 @@ _CUDA = Switch(_ALL.cuda.matmul)
 def library_products(device_type: str, precision: str = "ieee") -> contextlib.AbstractContextManager[None]:
     """Products of float32 in this precision and of other dtypes as they are, whatever autocast says."""
     # On the CPU nobody here wants anything but "ieee": where that is set there is nothing to guard.
-    if device_type != "cuda" and _CPU.is_at(precision) and not torch.is_autocast_enabled(device_type):
+    exact = device_type != "cuda" and _CPU.backend.fp32_precision in ("ieee", "none")
+    if exact and not torch.is_autocast_enabled(device_type):
         return _AS_IT_IS
     return _guarded(device_type, precision)
 

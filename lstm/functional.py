@@ -174,8 +174,9 @@ def run(
         x = x.unsqueeze(1)
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     path = _path(x, impl)
-    if path == "triton" and lengths is None and not (return_cells or unbatched):
-        single = ops.single_step(x, weights, spec, hx, 1 if batch_first else 0, impl)
+    time = 1 if batch_first else 0
+    if path == "triton" and x.shape[time] == 1 and lengths is None and not (return_cells or unbatched):
+        single = ops.single_step(x, weights, spec, hx, time, impl)
         if single is not None:
             return single
     if hx is None:

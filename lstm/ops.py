@@ -209,7 +209,9 @@ def layers(
     need the input product of the upper layer inside the kernel, and the weights of both on the chip. Under
     autocast all that is returned is in its dtype, as what torch returns on CUDA.
     """
-    x, h_0, c_0, *weights = _cast(x, *hx, *weights)
+    h_0, c_0 = hx
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x, h_0, c_0, *weights = _cast(x, h_0, c_0, *weights)
     x = x.contiguous()
     if lengths is not None:
         # Two types suffice, so that kernels are compiled for no more.
@@ -254,9 +256,7 @@ def single_step(
     """y and the states of a layer that has one direction and one step, and of which no gradient is wanted, by
     one launch and nothing else; None if that is not the call. `time` is the dimension of x (T, B, I) or
     (B, T, I)."""
-    if x.shape[time] != 1 or impl not in _BY_CELL:
-        return None
-    if spec.num_layers > 1 or spec.bidirectional or spec.proj_size:
+    if impl not in _BY_CELL or spec.num_layers > 1 or spec.bidirectional or spec.proj_size:
         return None
     tensors = (x, *weights) if hx is None else (x, *hx, *weights)
     recorded = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
@@ -286,14 +286,13 @@ def _single_step(x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> 
 
 def one_step(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:
     """The next h and c; x (B, I)."""
-    x, h, c, *weights = _cast(x, *hx, *weights)
+    h, c = hx
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x, h, c, *weights = _cast(x, h, c, *weights)
     with no_autocast(x):
         h, c, _ = cell(x, h, c, weights)
     return h, c
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+    return [tensor.to(torch.get_autocast_dtype(tensors[0].device.type)) for tensor in tensors]
