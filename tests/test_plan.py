@@ -1,5 +1,6 @@
 """The table of who computes a call, row by row, and what surrounds a call."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +22,17 @@ ROWS = [
 ]
 
 
-def test_every_row_is_tested():
+def test_every_row_is_tested_and_on_the_page():
     assert [row[0] for row in ROWS] == list(plan.TABLE)
+    words = {
+        "triton": "the op, by the kernels",
+        "torch": "the op, by torch's own operations",
+        "eager": "torch's own operations, without an op",
+        "reference": "the reference",
+    }
+    page = (Path(__file__).parents[1] / "docs" / "limits.md").read_text()
+    for around, on_cuda, otherwise, _ in ROWS:
+        assert f"| {around} | {words[on_cuda]} | {words[otherwise]} |" in page
 
 
 @pytest.mark.parametrize(("around", "on_cuda", "otherwise", "asked"), ROWS)
