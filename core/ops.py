@@ -13,6 +13,7 @@ jvp (torch 2.13).
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import GenericAlias
 from typing import Any
 
 import torch
@@ -129,11 +130,12 @@ class Op:
 
         def fake_gradients(*args: Any) -> list[Tensor]:
             named = dict(zip(needed.parameters, args, strict=True))
-            inputs = [*(named[n] for n in self.wrt), *named.get(listed, ())]
+            inputs = [*(named[n] for n in self.wrt), *(named[listed] if listed else ())]
             return [x.new_empty(x.shape if want else 0) for x, want in zip(inputs, args[-1], strict=True)]
 
-        dispatched.__signature__ = taken.replace(return_annotation=tuple[(Tensor,) * len(outputs)])
-        gradients.__signature__ = needed.replace(return_annotation=list[Tensor])
+        returned = GenericAlias(tuple, (Tensor,) * len(outputs))
+        _set_signature(dispatched, taken.replace(return_annotation=returned))
+        _set_signature(gradients, needed.replace(return_annotation=list[Tensor]))
         self.compute, self.gradients = compute, gradients
         self.forward_op = custom_op(f"gatematch::{name}", dispatched, mutates_args=())
         self.forward_op.register_fake(lambda *args: _filled(args[0], fake(*args)))
@@ -159,7 +161,7 @@ class Op:
 
         def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
             *args, saved = inputs if self.saves else (*inputs, True)
-            self.Forward.setup_context(ctx, self.given.flat(args), output)
+            self.Forward.setup_context(ctx, tuple(self.given.flat(args)), output)
             ctx.complete = saved or set(self.outputs[self.results :]) <= set(ctx.spared)
 
         def backward(ctx: Any, *grads: Tensor | None) -> Grads:
@@ -277,8 +279,8 @@ def _functions(op: Op) -> tuple[type[Function], type[Function]]:
             others |= zip(static_options, ctx.statics, strict=True)
 
             def function(*inputs: Tensor) -> Any:
-                named = dict(zip(op.wrt, inputs, strict=False))
-                if needed.place is not None:
+                named: dict[str, Any] = dict(zip(op.wrt, inputs, strict=False))
+                if needed.listed is not None:
                     named[needed.listed] = list(inputs[W:])
                 return op.reference(**named, **others)
 
@@ -305,8 +307,12 @@ def _functions(op: Op) -> tuple[type[Function], type[Function]]:
 
     for function in (Forward, Backward):
         # `apply` asks for the signature in every call; to work it out takes as long as all the rest.
-        function.forward.__signature__ = inspect.signature(function.forward)
+        _set_signature(function.forward, inspect.signature(function.forward))
     return Forward, Backward
+
+
+def _set_signature(function: Any, signature: inspect.Signature) -> None:
+    function.__signature__ = signature
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -237,12 +237,11 @@ def layers(
             else:
                 with_cells = return_cells and l == spec.num_layers - 1
                 call = (x, h_0[states], c_0[states], lengths, own, spec.proj_size > 0, impl, with_cells)
-                x, h, c, cells, *_ = layer(*call)
+                x, h, c, saved, *_ = layer(*call)
+                cells = saved if with_cells else None
             h_n.append(h)
             c_n.append(c)
-        if not return_cells:
-            cells = None
-        else:  # (T, B, N·H), a copy always: the backward pass needs cells as they are
+        if cells is not None:  # (T, B, N·H), a copy always: the backward pass needs cells as they are
             c = cells[..., : c_0.shape[2]].permute(1, 2, 0, 3)
             cells = c.to(x.dtype, copy=True, memory_format=torch.contiguous_format).flatten(2)
         if spec.num_layers == 1:
