@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatematch.kernels.autograd import transformed
+from gatematch.torch_private import transformed
 
 from .checks import check_dtype, check_pair, check_sizes, check_weighted
 from .modules import AttentionFeatures

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gatematch.kernels.autograd import Grads
-from gatematch.kernels.precision import library_products
+from gatematch.ops import Grads
+from gatematch.precision import library_products
 
 from . import tiled
 from .blocks import Block, squares, whole_rows

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gatematch.kernels import pairwise, pairwise_bwd, pairwise_stream
-from gatematch.kernels.autograd import Grads
 from gatematch.kernels.pairwise_prepare import prepare
 from gatematch.kernels.pairwise_stream_bwd import Upstream, stream_gradient
+from gatematch.ops import Grads
 
 Lengths = Tensor | None
 

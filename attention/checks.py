@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from gatematch.kernels.autograd import forward_mode, transformed
+from gatematch.torch_private import forward_mode, transformed
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -2,7 +2,7 @@
 
 The ops of `ops.py` would do, but a small call is much faster without them, and so is the backward pass of S,
 which here reads the distances from S and keeps the near pairs. Higher derivatives and batched gradients are
-those of `autograd.py`.
+those of the ops.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatematch.kernels.autograd import Grads, backward_pass, followed
-from gatematch.kernels.precision import library_products
+from gatematch.ops import Grads, followed
+from gatematch.precision import library_products
 
-from . import autograd, by_torch, tiled
+from . import by_torch, ops, tiled
 from .operands import Operands
 
-# Who computes the backward ops of autograd.py.
-BY = ("torch", "float32")
+# Who computes the backward ops.
+BY = {"impl": "torch", "precision": "float32"}
 
 
 def _operands(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Operands:
@@ -62,9 +62,10 @@ class PairwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Grads:
         q, a, q_lengths, a_lengths, *saved = ctx.saved_tensors
         if followed(g):
-            wanted, nothing = ctx.needs_input_grad[:2], q.new_empty(0)
-            call = (q, a, nothing, nothing, g, q_lengths, a_lengths, *BY, wanted)
-            return *backward_pass(autograd.PairwiseAttentionBackward, call, wanted), None, None
+            nothing, wanted = q.new_empty(0), ctx.needs_input_grad[:2]
+            call = {"q": q, "a": a, "W": nothing, "centre": nothing, "g_S": g, "wanted": wanted}
+            lengths = {"q_lengths": q_lengths, "a_lengths": a_lengths}
+            return *ops.attention.backward_named(**call, **lengths, **BY), None, None
         with library_products(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             if ctx.kept is None:
@@ -98,9 +99,10 @@ class PairwiseAttend(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Grads:
         q, a, v, q_lengths, a_lengths, *normalized = ctx.saved_tensors
         if followed(g):
-            wanted, (O, r) = ctx.needs_input_grad[:3], normalized or (q.new_empty(0), q.new_empty(0))
-            call = (q, a, v, O, r, g, q_lengths, a_lengths, *BY, wanted)
-            return *backward_pass(autograd.PairwiseAttendBackward, call, wanted), None, None, None
+            O, r = normalized or (q.new_empty(0), q.new_empty(0))
+            call = {"q": q, "a": a, "v": v, "O": O, "r": r, "g_O": g, "wanted": ctx.needs_input_grad[:3]}
+            options = {"q_lengths": q_lengths, "a_lengths": a_lengths, "normalize": bool(normalized)}
+            return *ops.attend.backward_named(**call, **options, **BY), None, None, None
         with library_products(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             grads = by_torch.attend_gradients(x, v, normalized, g)
@@ -123,9 +125,9 @@ class PairwiseSums(torch.autograd.Function):
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor) -> Grads:
         q, a, q_lengths, a_lengths = ctx.saved_tensors
         if followed(g_rows, g_cols):
-            wanted = ctx.needs_input_grad[:2]
-            call = (q, a, g_rows, g_cols, q_lengths, a_lengths, *BY, wanted)
-            return *backward_pass(autograd.PairwiseSumsBackward, call, wanted), None, None
+            call = {"q": q, "a": a, "g_rows": g_rows, "g_cols": g_cols, "wanted": ctx.needs_input_grad[:2]}
+            lengths = {"q_lengths": q_lengths, "a_lengths": a_lengths}
+            return *ops.sums.backward_named(**call, **lengths, **BY), None, None
         with library_products(q.device.type):
             x = _operands(ctx, q, a, q_lengths, a_lengths)
             grads = by_torch.sums_gradients(x, g_rows, g_cols)

@@ -9,15 +9,13 @@ a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one un
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from gatematch.kernels.autograd import compiles_transformed, forward_mode, transformed
-from gatematch.kernels.launch import obstacle
+from gatematch.plan import who_computes
+from gatematch.torch_private import surroundings
 
-from . import autograd, eager
+from . import eager, ops
 from .checks import check_pair, check_rows
-from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
 
 def pairwise_attention(
@@ -73,9 +71,9 @@ def checked_attention(
     if path == "eager":
         S = eager.attention(q, a, q_lengths, a_lengths)
     elif path == "reference":
-        S = autograd.exactly(pairwise_attention_reference, (q, a), q.dtype, q_lengths, a_lengths)
+        S = ops.by_reference(ops.attention, q, a, q_lengths, a_lengths)
     else:
-        S = autograd.attention(q, a, q_lengths, a_lengths, path, precision)
+        S = ops.attention(q, a, q_lengths, a_lengths, path, precision)[0]
     return S[0] if unbatched else S
 
 
@@ -126,10 +124,9 @@ def pairwise_attend(
     if path == "eager":
         O = eager.PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize == "rows")
     elif path == "reference":
-        options = (q_lengths, a_lengths, normalize)
-        O = autograd.exactly(pairwise_attend_reference, (q, a, v), q.dtype, *options)
+        O = ops.by_reference(ops.attend, q, a, v, q_lengths, a_lengths, normalize == "rows")
     else:
-        O = autograd.attend(q, a, v, q_lengths, a_lengths, normalize == "rows", path, precision)
+        O = ops.attend(q, a, v, q_lengths, a_lengths, normalize == "rows", path, precision)[0].to(v.dtype)
     return O[0] if unbatched else O
 
 
@@ -165,29 +162,15 @@ def pairwise_sums(
     if path == "eager":
         r, c = eager.PairwiseSums.apply(q, a, q_lengths, a_lengths)
     elif path == "reference":
-        r, c = autograd.exactly(pairwise_sums_reference, (q, a), q.dtype, q_lengths, a_lengths)
+        r, c = ops.by_reference(ops.sums, q, a, q_lengths, a_lengths)
     else:
-        r, c = autograd.sums(q, a, q_lengths, a_lengths, path, precision)
+        r, c = ops.sums(q, a, q_lengths, a_lengths, path, precision)
+        r, c = r.to(q.dtype), c.to(q.dtype)
     return (r[0], c[0]) if unbatched else (r, c)
 
 
 def _path(q: Tensor, impl: str, precision: str) -> str:
-    """ "eager" or "reference", or for the ops who computes them, "torch" or "triton"."""
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl must be "auto", "triton" or "torch"; got {impl!r}')
+    """Who computes a call, see plan.py; the ops know "triton" and "torch" by these names too."""
     if precision not in ("float32", "tf32"):
         raise ValueError(f'precision must be "float32" or "tf32"; got {precision!r}')
-    plain = forward_mode() or compiles_transformed()
-    if impl == "triton" or (impl == "auto" and q.is_cuda):
-        reason = obstacle(q)
-        if reason is None and forward_mode():
-            reason = "the kernels have no forward-mode derivative"
-        if reason is None and plain:
-            reason = "the kernels know nothing of torch.func inside of what is compiled"
-        if impl == "triton" and reason is not None:
-            raise ValueError(f'impl="triton" cannot serve this call: {reason}; use "auto" or "torch"')
-        if reason is None:
-            return "triton"
-    if plain:
-        return "reference"
-    return "torch" if torch.compiler.is_compiling() or transformed() else "eager"
+    return who_computes(q, impl, surroundings())

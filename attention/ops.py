@@ -1,31 +1,25 @@
-"""Pairwise attention as PyTorch ops ``torch.ops.gatematch.pairwise_*``, opaque to torch.compile.
+"""Pairwise attention as ops ``torch.ops.gatematch.pairwise_*``, opaque to torch.compile.
 
-`impl` says who computes: "torch" (`by_torch.py`) on any device and in any dtype, or "triton"
-(`by_triton.py`). They know nothing of autograd: see `autograd.py`, which calls them by the functions at the
-end: those go by the dispatcher only where somebody has to be told of an op.
+`impl` says who computes: "torch" (by_torch.py) on any device and in any dtype, or "triton" (by_triton.py).
+gatematch/ops.py makes derivatives and vmap from what is declared here.
 
 Shapes: q (B, Q, D), a (B, A, D), v (B, A, V), S (B, Q, A), lengths (B,). What an op leaves out is empty.
 """
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
 
-from gatematch.kernels.autograd import (
-    called_directly,
-    fake_gradients,
-    only,
-    or_empty,
-    refuse_forward_mode,
-    refuse_tangents,
-)
+from gatematch.ops import Grads, Op, no_autocast
+from gatematch.precision import library_products
 
 from . import by_torch
+from .reference import pairwise_attend_reference, pairwise_attention_reference, pairwise_sums_reference
 
 Lengths = Tensor | None
 
@@ -40,29 +34,49 @@ def _by(impl: str) -> ModuleType:
     return by_triton
 
 
+def _products(x: Tensor) -> AbstractContextManager[Any]:
+    """Exact products, whatever autocast and torch's switches say; a compiler cannot follow their lock."""
+    return no_autocast(x) if torch.compiler.is_compiling() else library_products(x.device.type)
+
+
+def _wide(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference that computes in float32 at least."""
+
+    def wide(x: Any) -> Any:
+        floats = isinstance(x, Tensor) and x.is_floating_point()
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if floats else x
+
+    @functools.wraps(reference)
+    def computed(*args: Any, **named: Any) -> Any:
+        return reference(*map(wide, args), **{name: wide(x) for name, x in named.items()})
+
+    return computed
+
+
+def by_reference(op: Op, q: Tensor, *others: Any) -> Any:
+    """The results of an op by its reference, in the dtype of q."""
+    with _products(q):
+        found = op.reference(q, *others)
+    return tuple(y.to(q.dtype) for y in found) if isinstance(found, tuple) else found.to(q.dtype)
+
+
 def _attention(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """S, and if `save` what "triton" needs for backward: W (B, Q, A up to a multiple of 8), centre (B, D)."""
-    refuse_forward_mode()
-    S, W, centre = _by(impl).attention(q, a, q_lengths, a_lengths, precision, save)
-    return S, or_empty(W, q), or_empty(centre, q)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return _by(impl).attention(q, a, q_lengths, a_lengths, precision, save)
 
 
-attention_op = custom_op("gatematch::pairwise_attention", _attention, mutates_args=())
-
-
-@attention_op.register_fake
-def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, impl, _, save = others
+def _fake_attention(
+    q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     (B, Q, D), A = q.shape, a.shape[1]
-    W = centre = None
+    S, W, centre = q.new_empty(B, Q, A), None, None
     if save and impl == "triton":
         kept = _by(impl).pairwise
         W = q.new_empty(B, Q, kept.kept_columns(A), dtype=kept.kept_dtype(q.dtype))
         if kept.takes_centre(q):
             centre = q.new_empty(B, D, dtype=torch.float32)
-    return q.new_empty(B, Q, A), or_empty(W, q), or_empty(centre, q)
+    return S, W, centre
 
 
 def _attention_backward(
@@ -70,28 +84,30 @@ def _attention_backward(
     a: Tensor,
     W: Tensor,
     centre: Tensor,
-    g: Tensor,
+    g_S: Tensor | None,
     q_lengths: Lengths,
     a_lengths: Lengths,
     impl: str,
     precision: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """dL/dq and dL/da for g = dL/dS, empty where not wanted."""
-    refuse_tangents(g)
-    grads = _by(impl).attention_backward(q, a, W, centre, g, q_lengths, a_lengths, precision, wanted)
-    dq, da = only(grads, wanted)
-    return or_empty(dq, q), or_empty(da, a)
+) -> Grads:
+    return _by(impl).attention_backward(q, a, W, centre, g_S, q_lengths, a_lengths, precision, wanted)
 
 
-attention_backward_op = custom_op(
-    "gatematch::pairwise_attention_backward", _attention_backward, mutates_args=()
+# S, and what "triton" saves: W (B, Q, A up to a multiple of 8), centre (B, D).
+attention = Op(
+    "pairwise_attention",
+    _attention,
+    _fake_attention,
+    _attention_backward,
+    _wide(pairwise_attention_reference),
+    outputs=("S", "W", "centre"),
+    results=1,
+    wrt=("q", "a"),
+    batch=dict.fromkeys(("q", "a", "q_lengths", "a_lengths", "S", "W", "centre"), 0),
+    spared=lambda impl, **call: ("W", "centre") if impl == "torch" else (),
+    products=_products,
 )
-
-
-@attention_backward_op.register_fake
-def _(q: Tensor, a: Tensor, *others: Any) -> Any:
-    return fake_gradients((q, a), others[-1])
 
 
 def _attend(
@@ -103,26 +119,16 @@ def _attend(
     normalize: bool,
     impl: str,
     precision: str,
-) -> tuple[Tensor, Tensor]:
-    """S @ v (B, Q, V). With `normalize` its rows divided by their sums (B, Q), which come along.
-
-    Both are then in float32 at least, for the backward pass.
-    """
-    refuse_forward_mode()
-    O, r = _by(impl).attend(q, a, v, q_lengths, a_lengths, normalize, precision)
-    return O, or_empty(r, q)
+) -> tuple[Tensor, Tensor | None]:
+    return _by(impl).attend(q, a, v, q_lengths, a_lengths, normalize, precision)
 
 
-attend_op = custom_op("gatematch::pairwise_attend", _attend, mutates_args=())
-
-
-@attend_op.register_fake
-def _(
+def _fake_attend(
     q: Tensor, a: Tensor, v: Tensor, q_lengths: Lengths, a_lengths: Lengths, normalize: bool, *others: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     exact = torch.promote_types(q.dtype, torch.float32)
     O = v.new_empty(*q.shape[:2], v.shape[2], dtype=exact if normalize else v.dtype)
-    return O, or_empty(q.new_empty(q.shape[:2], dtype=exact) if normalize else None, q)
+    return O, q.new_empty(q.shape[:2], dtype=exact) if normalize else None
 
 
 def _attend_backward(
@@ -131,41 +137,48 @@ def _attend_backward(
     v: Tensor,
     O: Tensor,
     r: Tensor,
-    g: Tensor,
+    g_O: Tensor | None,
     q_lengths: Lengths,
     a_lengths: Lengths,
+    normalize: bool,
     impl: str,
     precision: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dq, dL/da and dL/dv for g = dL/dO, empty where not wanted. r is empty where O is not normalised."""
-    refuse_tangents(g)
-    grads = _by(impl).attend_backward(q, a, v, O, r, g, q_lengths, a_lengths, precision, wanted)
-    dq, da, dv = only(grads, wanted)
-    return or_empty(dq, q), or_empty(da, a), or_empty(dv, v)
+) -> Grads:
+    return _by(impl).attend_backward(q, a, v, O, r, g_O, q_lengths, a_lengths, precision, wanted)
 
 
-attend_backward_op = custom_op("gatematch::pairwise_attend_backward", _attend_backward, mutates_args=())
+@_wide
+def _attend_reference(
+    q: Tensor, a: Tensor, v: Tensor, q_lengths: Lengths, a_lengths: Lengths, normalize: bool
+) -> Tensor:
+    return pairwise_attend_reference(q, a, v, q_lengths, a_lengths, "rows" if normalize else None)
 
 
-@attend_backward_op.register_fake
-def _(q: Tensor, a: Tensor, v: Tensor, *others: Any) -> Any:
-    return fake_gradients((q, a, v), others[-1])
+# O = S @ v (B, Q, V). With `normalize` its rows are divided by their sums r (B, Q), and both are in float32
+# at least.
+attend = Op(
+    "pairwise_attend",
+    _attend,
+    _fake_attend,
+    _attend_backward,
+    _attend_reference,
+    outputs=("O", "r"),
+    results=1,
+    wrt=("q", "a", "v"),
+    batch=dict.fromkeys(("q", "a", "v", "q_lengths", "a_lengths", "O", "r"), 0),
+    spared=lambda normalize, **call: () if normalize else ("O",),
+    products=_products,
+)
 
 
 def _sums(
     q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, impl: str, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Row sums (B, Q) and column sums (B, A) of S, in float32 at least."""
-    refuse_forward_mode()
     return _by(impl).sums(q, a, q_lengths, a_lengths, precision)
 
 
-sums_op = custom_op("gatematch::pairwise_sums", _sums, mutates_args=())
-
-
-@sums_op.register_fake
-def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake_sums(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     exact = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape[:2], dtype=exact), q.new_empty(a.shape[:2], dtype=exact)
 
@@ -173,37 +186,30 @@ def _(q: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def _sums_backward(
     q: Tensor,
     a: Tensor,
-    g_rows: Tensor,
-    g_cols: Tensor,
+    g_rows: Tensor | None,
+    g_cols: Tensor | None,
     q_lengths: Lengths,
     a_lengths: Lengths,
     impl: str,
     precision: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """dL/dq and dL/da for the gradients of both sums, empty where not wanted."""
-    refuse_tangents(g_rows, g_cols)
-    grads = _by(impl).sums_backward(q, a, g_rows, g_cols, q_lengths, a_lengths, precision, wanted)
-    dq, da = only(grads, wanted)
-    return or_empty(dq, q), or_empty(da, a)
+) -> Grads:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    g_rows = q.new_zeros(q.shape[:2], dtype=exact) if g_rows is None else g_rows
+    g_cols = q.new_zeros(a.shape[:2], dtype=exact) if g_cols is None else g_cols
+    return _by(impl).sums_backward(q, a, g_rows, g_cols, q_lengths, a_lengths, precision, wanted)
 
 
-sums_backward_op = custom_op("gatematch::pairwise_sums_backward", _sums_backward, mutates_args=())
-
-
-@sums_backward_op.register_fake
-def _(q: Tensor, a: Tensor, *others: Any) -> Any:
-    return fake_gradients((q, a), others[-1])
-
-
-def _called(op: CustomOpDef, function: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls the op, or the function itself that it is made of."""
-    return lambda *args: (function if called_directly(*args) else op)(*args)
-
-
-attention = _called(attention_op, _attention)
-attention_backward = _called(attention_backward_op, _attention_backward)
-attend = _called(attend_op, _attend)
-attend_backward = _called(attend_backward_op, _attend_backward)
-sums = _called(sums_op, _sums)
-sums_backward = _called(sums_backward_op, _sums_backward)
+# Row sums (B, Q) and column sums (B, A) of S, in float32 at least.
+sums = Op(
+    "pairwise_sums",
+    _sums,
+    _fake_sums,
+    _sums_backward,
+    _wide(pairwise_sums_reference),
+    outputs=("rows", "cols"),
+    results=2,
+    wrt=("q", "a"),
+    batch=dict.fromkeys(("q", "a", "q_lengths", "a_lengths", "rows", "cols"), 0),
+    products=_products,
+)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.testing import do_bench
 
-from gatematch.kernels.precision import library_products
+from gatematch.precision import library_products
 
 _COPIED = 1 << 32  # bytes
 _SIDE = 8192  # of the square matrices

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatematch.kernels import config
 from gatematch.kernels.config import Config
-from gatematch.kernels.precision import Switch
+from gatematch.precision import Switch
 
 from .cases import build, cases_of
 from .check import largest

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gatematch.kernels.autograd import transformed
+from gatematch.torch_private import transformed
 
 State = tuple[Tensor, Tensor]
+KERNELS = ("resident", "persistent", "step")
+IMPLS = ("auto", "torch", "triton", *KERNELS)
 
 
 class Spec(NamedTuple):
@@ -233,6 +235,12 @@ def _sizes(x: Any, weight_ih: Tensor, weight_hh: Tensor, projected: bool = False
         return rows, H
     width = x.shape[-1] if isinstance(x, Tensor) and x.dim() > 0 else columns
     return width if rows != 4 * H and width == rows else columns, H
+
+
+def checked_impl(impl: str) -> str:
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    return impl
 
 
 def check_bool(name: str, value: Any) -> None:

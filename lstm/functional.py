@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gatematch.kernels.autograd import transformed
+from gatematch.plan import TABLE, who_computes
+from gatematch.torch_private import surroundings
 
-from . import stack
+from . import ops
 from .checks import (
+    KERNELS,
     Spec,
     State,
     cell_fits,
@@ -29,7 +31,6 @@ from .checks import (
     fits,
 )
 from .fused import Options, Packing, with_lengths
-from .paths import takes_kernels, takes_ops, takes_reference
 from .reference import lstm_cell_reference, lstm_reference, scatter_rows
 
 
@@ -122,11 +123,13 @@ def lstm_cell(
         weights: tuple[Any, ...] = (weight_ih, weight_hh)
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    # Look closely before the reference, which promotes where torch's op refuses.
-    functional = transformed() or takes_reference()
-    if functional or not cell_fits(x, weights, hx):
+    # torch's own op can be compiled, and neither mapped nor differentiated by torch.func.
+    around = surroundings()
+    plain = around in ("nothing", "torch.compile")
+    # The reference promotes where torch's op refuses.
+    if not plain or not cell_fits(x, weights, hx):
         check_cell(x, weights, hx)
-    by_kernel = takes_kernels(x, impl, ("step",)) and x.numel() > 0
+    by_kernel = who_computes(x, impl, around, KERNELS, ("step",)) == "triton" and x.numel() > 0
     if unbatched := x.dim() == 1:
         x = x.unsqueeze(0)
         hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
@@ -134,8 +137,8 @@ def lstm_cell(
         zeros = x.new_zeros(x.shape[0], weight_hh.shape[1])
         hx = (zeros, zeros)
     if by_kernel:
-        h, c = stack.cell(x, hx, weights)
-    elif functional:
+        h, c = ops.one_step(x, hx, weights)
+    elif not plain:
         h, c = lstm_cell_reference(x, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     else:
         try:
@@ -170,26 +173,28 @@ def run(
         batch_first = False
         x = x.unsqueeze(1)
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    by_kernels = takes_kernels(x, impl) and x.numel() > 0
-    if by_kernels and lengths is None and not (return_cells or unbatched):
-        single = stack.single_step(x, weights, spec, hx, 1 if batch_first else 0, impl)
+    path = _path(x, impl)
+    time = 1 if batch_first else 0
+    if path == "triton" and x.shape[time] == 1 and lengths is None and not (return_cells or unbatched):
+        single = ops.single_step(x, weights, spec, hx, time, impl)
         if single is not None:
             return single
     if hx is None:
         hx = _zero_state(x, spec, x.shape[0 if batch_first else 1])
-    by_ops = by_kernels or takes_ops()
     packing = None
     # Cell states come from the reference, which needs the packing only to draw dropout as the fused op does.
     needed = not return_cells or (training and dropout > 0)
-    if lengths is not None and not lengths.is_meta and needed and not by_ops and not takes_reference():
+    if lengths is not None and not lengths.is_meta and needed and path == "eager":
         packing = Packing.of(lengths, x.shape[1 if batch_first else 0])
 
     cells: tuple[Tensor, ...] = ()
-    if by_ops or return_cells or not _fused_follows(lengths, packing):
+    # The fused op takes no packing without a step.
+    fused = path == "eager" and (lengths is None or (packing is not None and len(packing.order) > 0))
+    if return_cells or not fused:
         x = x.transpose(0, 1) if batch_first else x
         rows = None if packing is None else packing.rows(x.shape, batch_first=False)
         call = (x, weights, spec, hx, lengths, dropout, training, rows, return_cells)
-        y, h_n, c_n, c = stack.layers(*call, impl) if by_kernels else _as_fused(*call, by_ops)
+        y, h_n, c_n, c = ops.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
         cells = () if c is None else (c,)
         if batch_first:
             y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
@@ -221,14 +226,13 @@ def _run_packed(
     elif sorted_indices is not None:
         hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
 
-    by_kernels = takes_kernels(data, impl)
-    by_ops = by_kernels or takes_ops()
-    if by_ops or return_cells or takes_reference():
+    path = _path(data, impl)
+    if path != "eager" or return_cells:
         valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
         index = valid.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
         padded = scatter_rows(data, index, valid.shape)
         call = (padded, weights, spec, hx, valid.sum(0), dropout, training, index, return_cells)
-        y, h_n, c_n, c = stack.layers(*call, impl) if by_kernels else _as_fused(*call, by_ops)
+        y, h_n, c_n, c = ops.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
         chosen = (y, c) if c is not None else (y,)
         outputs = [tensor.flatten(0, 1).index_select(0, index) for tensor in chosen]
     else:
@@ -241,11 +245,12 @@ def _run_packed(
     return packed[0], (h_n, c_n), *packed[1:]
 
 
-def _fused_follows(lengths: Tensor | None, packing: Packing | None) -> bool:
-    """Whether the fused op can be used for a call that is no op of ours, apart from the cell states."""
-    if takes_reference():
-        return False
-    return lengths is None or (packing is not None and len(packing.order) > 0)
+def _path(x: Tensor, impl: str) -> str:
+    """Who computes the layers, see plan.py."""
+    around = surroundings()
+    path = who_computes(x, impl, around, KERNELS, KERNELS)
+    # There is nothing to launch for an empty batch.
+    return TABLE[around][1] if path == "triton" and x.numel() == 0 else path
 
 
 def _as_fused(
@@ -258,7 +263,7 @@ def _as_fused(
     training: bool,
     packed_rows: Tensor | None,
     return_cells: bool,
-    by_ops: bool,
+    path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, h_n, c_n, c by the ops or the reference, in the dtypes that autocast would give the fused op's."""
     device = x.device.type
@@ -275,9 +280,9 @@ def _as_fused(
     lengths = None if lengths is None else lengths.to(x.device, torch.int64)
     packed_rows = None if packed_rows is None else packed_rows.to(x.device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        if by_ops:
+        if path == "torch":
             call = (x, weights, spec, hx, lengths, dropout, training, packed_rows, return_cells)
-            y, h_n, c_n, c = stack.layers(*call, "torch")
+            y, h_n, c_n, c = ops.layers(*call, "torch")
         else:
             y, (h_n, c_n), cells = lstm_reference(
                 x,

@@ -6,16 +6,16 @@ filled up as in layer.py; N directions.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gatematch.kernels.autograd import no_autocast
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
+from gatematch.ops import no_autocast
+from gatematch.torch_private import autograd_inside_op
 
 from .checks import State
 from .reference import lstm_reference, scatter_rows
@@ -65,7 +65,12 @@ def with_lengths(
 
 
 def reference_layer(
-    projected: bool, lengths: Tensor | None, x: Tensor, h_0: Tensor, c_0: Tensor, *weights: Tensor
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    lengths: Tensor | None,
+    weights: Sequence[Tensor],
+    projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n and cells of one layer by lstm_reference."""
     N = len(h_0)
@@ -91,7 +96,7 @@ def layer(
     """y, h_n, c_n and, if asked for, cells, which the fused op does not give and the reference does."""
     packing = None if lengths is None else Packing.of(lengths, len(x))
     if with_cells or (packing is not None and len(packing.order) == 0):
-        *results, cells = reference_layer(projected, lengths, x, h_0, c_0, *weights)
+        *results, cells = reference_layer(x, h_0, c_0, lengths, weights, projected)
         return *results, cells if with_cells else None  # type: ignore[return-value]
     N = len(h_0)
     options = (len(weights) // N - projected == 4, 1, 0.0, train, N == 2)
@@ -114,7 +119,7 @@ def layer_gradient(
 
     What torch's op saves for its own backward pass has no shape that a compiler could know before.
     """
-    with _recorded(), no_autocast(x):
+    with autograd_inside_op(), no_autocast(x):
         inputs = [
             tensor.detach().requires_grad_(want)
             for tensor, want in zip((x, h_0, c_0, *weights), wanted, strict=True)
@@ -143,21 +148,3 @@ def _unshared(x: Tensor, seen: set[int]) -> Tensor:
         return x.clone()
     seen.add(storage)
     return x
-
-
-_AUTOGRAD = (
-    torch._C.DispatchKey.AutogradFunctionality,
-    torch._C.DispatchKey.AutogradOther,
-    torch._C.DispatchKey.AutogradNestedTensor,
-)
-
-
-@contextlib.contextmanager
-def _recorded() -> Iterator[None]:
-    """Autograd inside of an op, where the dispatcher leaves it out."""
-    left_out = torch._C._dispatch_tls_local_exclude_set()
-    for key in _AUTOGRAD:
-        left_out = left_out - torch._C.DispatchKeySet(key)
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, left_out), torch.enable_grad():
-        yield

@@ -14,22 +14,120 @@ added to the first step, and y = m W_hrᵀ is one product over all steps.
 
 **Padding.** Hidden sizes that are no multiple of 16 are filled up with units of zero weights; they stay 0.
 
+**Which kernel** computes a layer, by `select`:
+
+    resident     H up to 64, what fits one multiprocessor: nobody waits for others
+    persistent   beyond: W_hh is spread over the chip, one wait of all for all in every step
+    resident     H up to 128 in 16 bits, where persistent cannot serve
+    step         whatever neither can serve, one launch a step: any H, and where another could not be launched
+
+On an H200 both take about as long forward at H 64, and resident less backward; at H 128 persistent takes
+less forward. As long as the programs of persistent fit the chip they read less than step, which reads all of
+W_hh in every step.
+
 Shapes: x (T, B, I), h_0 (N, B, P or H), c_0 (N, B, H), y (T, B, N·P or N·H), z, gates and dz (N, T, B, 4H),
 cells (N, T, B, H) in float32, m (T, B, N·H); N directions. H is the filled-up one in what is not returned to
 the caller.
 """
 
 import contextlib
-from typing import Any
+import functools
+import importlib
+import logging
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from gatematch.kernels.config import architecture
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
-from gatematch.kernels.precision import library_products
+from gatematch.kernels.recurrence import processors
+from gatematch.precision import library_products
 
-from .selection import Layer, launch
+from .checks import KERNELS
+
+_log = logging.getLogger("gatematch")
+
+
+class Layer(NamedTuple):
+    """What the choice depends on."""
+
+    hidden_size: int
+    dtype: torch.dtype
+    precision: str
+    device: torch.device
+
+
+@functools.cache
+def _module(kernel: str) -> ModuleType:
+    return importlib.import_module(f"gatematch.kernels.lstm_{kernel}")
+
+
+# To which H a layer is rather computed by a multiprocessor than by many that wait for each other.
+_RESIDENT = 64
+
+# Layers, forward or backward, whose kernel could not be launched: it is tried once.
+_refused: set[tuple[Layer, bool]] = set()
+
+
+@functools.lru_cache(maxsize=1024)
+def serves(kernel: str, layer: Layer, backward: bool) -> bool:
+    """Whether a kernel can compute such a layer on its device."""
+    arch = architecture(layer.device)
+    H, dtype, precision, device = layer
+    if kernel == "step":
+        return True
+    if kernel == "persistent":
+        return bool(_module(kernel).serves(H, dtype, precision, arch, processors(device), backward))
+    return bool(_module(kernel).serves(H, dtype, precision, arch))
+
+
+def select(layer: Layer, backward: bool, refused: bool = False) -> str:
+    """The kernel by the rule above; `refused` says that what it gives could not be launched."""
+    kernels: tuple[str, ...] = ("resident", "persistent")
+    if layer.hidden_size > _RESIDENT:
+        kernels = kernels[::-1]
+    if refused:
+        return "step"
+    return next((kernel for kernel in kernels if serves(kernel, layer, backward)), "step")
+
+
+def launch(impl: str, layer: Layer, backward: bool, *args: Any, **options: Any) -> Any:
+    """Run the kernel that `impl` names, or the one that the rule selects and, should it fail, `step`.
+
+    A kernel that is named has no substitute, but for a backward that it does not have.
+
+    Raises:
+        ValueError: the kernel that `impl` names cannot serve the layer.
+    """
+    named = impl in KERNELS
+    if named and not serves(impl, layer, backward):
+        if not backward:
+            H, dtype, precision, device = layer
+            raise ValueError(
+                f"impl: {impl!r} cannot serve hidden_size {H} in {dtype} ({precision}) on {device}; "
+                "use 'triton'"
+            )
+        named = False
+    kernel = impl if named else select(layer, backward, (layer, backward) in _refused)
+    run = "backward" if backward else "forward"
+    try:
+        return getattr(_module(kernel), run)(*args, **options)
+    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+        # The first launch fails or none: nothing is written yet. Only one RuntimeError is about the launch.
+        refused = not isinstance(error, RuntimeError) or "cooperative launch" in str(error)
+        if named or kernel == "step" or not refused:
+            raise
+        _log.warning(
+            "the LSTM's %s kernel cannot be launched for %s, step takes it: %s", kernel, layer, error
+        )
+        _refused.add((layer, backward))
+        return getattr(_module("step"), run)(*args, **options)
+
 
 _RNN: Any = torch.backends.cudnn.rnn
 
@@ -44,40 +142,33 @@ def products(x: Tensor) -> contextlib.AbstractContextManager[None]:
     return library_products(x.device.type, "tf32" if x.is_cuda and precision() == "tf32" else "ieee")
 
 
-class _Direction:
-    """The weights of one direction, filled up for the kernels where they need it."""
+class _Direction(NamedTuple):
+    """The weights of one direction."""
 
-    def __init__(self, weights: list[Tensor], projected: bool) -> None:
-        self.weight_ih, self.weight_hh, *others = weights
-        self.weight_hr: Any = others.pop() if projected else None
-        self.biases = others
-        self.hidden_size = self.weight_hh.shape[0] // 4
-
-    def fill(self, gates: Tensor, columns: int = 0) -> Tensor:
-        """(4H, ...) with H, and the columns, filled up."""
-        rows = -self.hidden_size % HIDDEN_MULTIPLE
-        if rows == columns == 0:
-            return gates.contiguous()
-        sides = (0, columns, 0, rows) if gates.dim() == 2 else (0, rows)
-        return pad(gates.unflatten(0, (4, self.hidden_size)), sides).flatten(0, 1)
-
-    def input_weight(self) -> Tensor:
-        return self.fill(self.weight_ih)
-
-    def bias(self) -> Tensor | None:
-        return self.fill(self.biases[0] + self.biases[1]) if self.biases else None
-
-    def recurrent_weight(self) -> Tensor:
-        """W_hh, or W_hh W_hr with a projection."""
-        weight = self.weight_hh
-        if self.weight_hr is not None:
-            weight = (weight.float() @ self.weight_hr.float()).to(weight.dtype)
-        return self.fill(weight, -self.hidden_size % HIDDEN_MULTIPLE)
+    weight_ih: Tensor
+    weight_hh: Tensor
+    biases: list[Tensor]
+    weight_hr: Any  # a Tensor with a projection
 
 
 def _directions(weights: list[Tensor], N: int, projected: bool) -> list[_Direction]:
     size = len(weights) // N
-    return [_Direction(weights[d * size : (d + 1) * size], projected) for d in range(N)]
+    own = [weights[d * size : (d + 1) * size] for d in range(N)]
+    return [_Direction(w[0], w[1], w[2 : size - projected], w[-1] if projected else None) for w in own]
+
+
+def _recurrent_weight(direction: _Direction, H: int, filled: int) -> Tensor:
+    """W_hh, or W_hh W_hr with a projection, filled up."""
+    weight = direction.weight_hh
+    if direction.weight_hr is not None:
+        weight = (weight.float() @ direction.weight_hr.float()).to(weight.dtype)
+    return weight.contiguous() if filled == H else pad(_fill(weight, H, filled), (0, filled - H))
+
+
+def _fill(gates: Tensor, H: int, filled: int) -> Tensor:
+    """(4H, ...) with H filled up."""
+    sides = (0, 0, 0, filled - H) if gates.dim() == 2 else (0, filled - H)
+    return pad(gates.unflatten(0, (4, H)), sides).flatten(0, 1)
 
 
 def _filled(state: Tensor, H: int) -> Tensor:
@@ -102,14 +193,12 @@ def _last(lengths: Tensor, T: int) -> Tensor:
     return lengths.long().clamp(1, T) - 1
 
 
-def sizes(x: Tensor, weights: list[Tensor]) -> tuple[int, int, int, int]:
-    """T, B, H and H filled up."""
+def _sizes(x: Tensor, weights: list[Tensor]) -> tuple[int, int, int, Layer]:
+    """T, H, H filled up, and the layer that a kernel is chosen for."""
     H = weights[1].shape[0] // 4
-    return x.shape[0], x.shape[1], H, H + -H % HIDDEN_MULTIPLE
-
-
-def _layer_of(x: Tensor, H: int) -> Layer:
-    return Layer(H, x.dtype, precision() if x.dtype == torch.float32 else "float32", x.device)
+    filled = H + -H % HIDDEN_MULTIPLE
+    kind = precision() if x.dtype == torch.float32 else "float32"
+    return x.shape[0], H, filled, Layer(filled, x.dtype, kind, x.device)
 
 
 def forward(
@@ -123,36 +212,44 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h_n, c_n and, if `save`, cells, gates and, with a projection, m."""
-    N = len(h_0)
-    T, B, H, filled = sizes(x, weights)
-    layer, directions = _layer_of(x, filled), _directions(weights, N, projected)
+    N, B = len(h_0), x.shape[1]
+    T, H, filled, layer = _sizes(x, weights)
+    directions, exact = _directions(weights, N, projected), filled == H
     rows = x.flatten(0, 1)
     with products(x):
         z = x.new_empty(N, T, B, 4 * filled)
         for d, direction in enumerate(directions):
-            weight, bias, out = direction.input_weight(), direction.bias(), z[d].flatten(0, 1)
+            bias = direction.biases[0] + direction.biases[1] if direction.biases else None
+            weight, out = direction.weight_ih, z[d].flatten(0, 1)
+            if not exact:
+                weight, bias = _fill(weight, H, filled), None if bias is None else _fill(bias, H, filled)
             if bias is None:
                 torch.mm(rows, weight.T, out=out)
             else:
                 torch.addmm(bias, rows, weight.T, out=out)
             if projected:
-                _add_to_first_steps(z[d], d, lengths, h_0[d] @ direction.fill(direction.weight_hh).T)
-        start = h_0.new_zeros(N, B, filled) if projected else _filled(h_0, filled)
+                _add_to_first_steps(z[d], d, lengths, h_0[d] @ _fill(direction.weight_hh, H, filled).T)
+        if projected:
+            start = h_0.new_zeros(N, B, filled)
+        else:
+            start = h_0.contiguous() if exact else _filled(h_0, filled)
         m, h_n, c_n, cells = launch(
             impl,
             layer,
             False,
             z,
-            [direction.recurrent_weight() for direction in directions],
+            [_recurrent_weight(direction, H, filled) for direction in directions],
             start,
-            _filled(c_0, filled),
+            c_0.contiguous() if exact else _filled(c_0, filled),
             lengths,
             precision=layer.precision,
             save=save,
         )
-        y, h_n, c_n = _cut(m, N, H), _cut(h_n, 1, H), _cut(c_n, 1, H)
+        y = m
+        if not exact:
+            y, h_n, c_n = _cut(m, N, H), _cut(h_n, 1, H), _cut(c_n, 1, H)
         if projected:
-            y, h_n = _project(m, filled, directions), _projected_state(h_n, h_0, lengths, directions)
+            y, h_n = _project(m, H, filled, directions), _projected_state(h_n, h_0, lengths, directions)
     return y, h_n, c_n, cells, z if save else None, m if save and projected else None
 
 
@@ -165,12 +262,12 @@ def _add_to_first_steps(z: Tensor, d: int, lengths: Tensor | None, addend: Tenso
         z[_last(lengths, len(z)), torch.arange(z.shape[1], device=z.device)] += addend
 
 
-def _project(m: Tensor, H: int, directions: list[_Direction]) -> Tensor:
+def _project(m: Tensor, H: int, filled: int, directions: list[_Direction]) -> Tensor:
     T, B, _ = m.shape
     P = len(directions[0].weight_hr)
     y = m.new_empty(T, B, len(directions) * P)
     for d, direction in enumerate(directions):
-        values = m[..., d * H : d * H + direction.hidden_size].flatten(0, 1)
+        values = m[..., d * filled : d * filled + H].flatten(0, 1)
         y[..., d * P : (d + 1) * P] = (values @ direction.weight_hr.T).view(T, B, P)
     return y
 
@@ -200,8 +297,8 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x, h_0, c_0 and the weights, None where not wanted."""
     N = len(h_0)
-    T, _, H, filled = sizes(x, weights)
-    layer, directions = _layer_of(x, filled), _directions(weights, N, projected)
+    T, H, filled, layer = _sizes(x, weights)
+    directions = _directions(weights, N, projected)
     g_h_n = torch.zeros_like(h_0) if g_h_n is None else g_h_n
     g_c_n = torch.zeros_like(c_0) if g_c_n is None else g_c_n
     with products(x):
@@ -220,7 +317,7 @@ def backward(
             True,
             gates,
             cells,
-            [direction.recurrent_weight() for direction in directions],
+            [_recurrent_weight(direction, H, filled) for direction in directions],
             _filled(c_0, filled),
             lengths,
             None if g_m is None else g_m.contiguous(),
@@ -300,8 +397,8 @@ def _weight_gradients(
             dh[-1] += g_h_n
         else:
             dh[_last(lengths, T), torch.arange(B, device=dh.device)] += g_h_n
-        H = m.shape[-1] // (y.shape[-1] // width)
-        values = m[..., d * H : d * H + direction.hidden_size]
+        filled = m.shape[-1] // (y.shape[-1] // width)
+        values = m[..., d * filled : d * filled + direction.weight_hh.shape[0] // 4]
         grads.append(dh.flatten(0, 1).T @ values.flatten(0, 1))
     elif direction.weight_hr is not None:
         grads.append(None)

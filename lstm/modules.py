@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .checks import Spec, State, check_bool, check_dropout
+from .checks import Spec, State, check_bool, check_dropout, checked_impl
 from .functional import lstm_cell, run
-from .paths import check_impl_name
 
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -83,7 +82,7 @@ class LSTM(nn.Module):
             )
         if proj_size >= hidden_size:
             raise ValueError(f"proj_size has to be smaller than hidden_size ({hidden_size}), got {proj_size}")
-        check_impl_name(impl)
+        checked_impl(impl)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -191,7 +190,7 @@ class LSTMCell(nn.Module):
         _check_size("hidden_size", hidden_size)
         bias = bool(bias) if isinstance(bias, int) else bias
         check_bool("bias", bias)
-        check_impl_name(impl)
+        checked_impl(impl)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias

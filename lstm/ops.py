@@ -1,30 +1,29 @@
-"""A layer of the LSTM, forward and backward, and a step of the cell by the kernels, as PyTorch ops.
+"""A layer of the LSTM, and a step of the cell, as PyTorch ops ``torch.ops.gatematch.lstm_*``; all layers by
+them.
 
-torch.compile does not look into ``torch.ops.gatematch.lstm_*``. A layer with `impl` "torch" is torch's own
-fused op, on any device; all else are the kernels, on CUDA, or on the CPU where Triton interprets them. The
-ops know no derivatives: autograd.py does. See layer.py for what is computed and for the shapes.
+torch.compile does not look into them. A layer with `impl` "torch" is torch's own fused op, on any device; all
+else are the kernels, on CUDA, or on the CPU where Triton interprets them. gatematch/ops.py makes
+derivatives and vmap from what is declared here. layer.py says what is computed, and the shapes; fused.py
+where `impl` is "torch".
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from gatematch.kernels.autograd import (
-    called_directly,
-    fake_gradients,
-    no_autocast,
-    or_empty,
-    refuse_forward_mode,
-    refuse_tangents,
-)
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
+from gatematch.ops import Grads, Op, no_autocast
+from gatematch.torch_private import bypasses_dispatcher
 
 from . import fused
+from .checks import Spec, State
+from .reference import drop, lstm_cell_reference
 
 Lengths = Tensor | None
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @functools.cache
@@ -45,34 +44,34 @@ def _layer(
     weights: list[Tensor],
     projected: bool,
     impl: str,
+    with_cells: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and, if `save`, cells; the kernels also gates and, projected, m; empty ones else."""
-    refuse_forward_mode()
-    gates = m = None
+) -> Outputs:
     if impl == "torch":
         with no_autocast(x):
-            y, h_n, c_n, cells = fused.layer(x, h_0, c_0, lengths, weights, projected, save)
-    else:
-        call = (x, h_0, c_0, lengths, weights, projected, impl, save)
-        y, h_n, c_n, cells, gates, m = _kernels()[0].forward(*call)
-    return y, h_n, c_n, or_empty(cells, x, fused.state_dtype(x)), or_empty(gates, x), or_empty(m, x)
+            return *fused.layer(x, h_0, c_0, lengths, weights, projected, with_cells), None, None
+    return _kernels()[0].forward(x, h_0, c_0, lengths, weights, projected, impl, with_cells or save)
 
 
-layer_op = custom_op("gatematch::lstm_layer", _layer, mutates_args=())
-
-
-@layer_op.register_fake
-def _(x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *options: Any) -> Any:
-    projected, impl, save = options
+def _fake_layer(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    lengths: Lengths,
+    weights: list[Tensor],
+    projected: bool,
+    impl: str,
+    with_cells: bool,
+    save: bool,
+) -> Outputs:
     N, H = len(h_0), c_0.shape[2] + -c_0.shape[2] % HIDDEN_MULTIPLE
     T, B, _ = x.shape
-    results = x.new_empty(T, B, N * h_0.shape[2]), x.new_empty(h_0.shape), x.new_empty(c_0.shape)
-    dtype = fused.state_dtype(x)
-    cells = x.new_empty(N, T, B, H, dtype=dtype) if save else None
+    save = with_cells or (save and impl != "torch")
+    cells = x.new_empty(N, T, B, H, dtype=fused.state_dtype(x)) if save else None
     gates = x.new_empty(N, T, B, 4 * H) if save and impl != "torch" else None
     m = x.new_empty(T, B, N * H) if gates is not None and projected else None
-    return *results, or_empty(cells, x, dtype), or_empty(gates, x), or_empty(m, x)
+    y = x.new_empty(T, B, N * h_0.shape[2])
+    return y, x.new_empty(h_0.shape), x.new_empty(c_0.shape), cells, gates, m
 
 
 def _layer_backward(
@@ -92,66 +91,53 @@ def _layer_backward(
     projected: bool,
     impl: str,
     wanted: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, h_0, c_0 and the weights, empty where not wanted."""
+) -> Grads:
     upstream = g_y, g_h_n, g_c_n, g_cells
-    refuse_tangents(*upstream)
     if impl == "torch":
-        grads = fused.layer_gradient(x, h_0, c_0, lengths, weights, upstream, projected, wanted)
-    else:
-        saved = y, cells, gates, m if projected else None
-        call = (x, h_0, c_0, lengths, weights, *saved, *upstream, projected, impl, wanted)
-        grads = _kernels()[0].backward(*call)
-    return [or_empty(grad, x) for grad in grads]
+        return tuple(fused.layer_gradient(x, h_0, c_0, lengths, weights, upstream, projected, wanted))
+    saved = y, cells, gates, m if projected else None
+    call = (x, h_0, c_0, lengths, weights, *saved, *upstream, projected, impl, wanted)
+    return tuple(_kernels()[0].backward(*call))
 
 
-layer_backward_op = custom_op("gatematch::lstm_layer_backward", _layer_backward, mutates_args=())
-
-
-@layer_backward_op.register_fake
-def _(
-    x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Lengths, weights: list[Tensor], *others: Any
-) -> list[Tensor]:
-    return list(fake_gradients((x, h_0, c_0, *weights), others[-1]))
+# y, h_n, c_n, and cells where `with_cells` asks for them or the kernels save them. The kernels also save
+# gates and, with a projection, m.
+layer = Op(
+    "lstm_layer",
+    _layer,
+    _fake_layer,
+    _layer_backward,
+    fused.reference_layer,
+    outputs=("y", "h_n", "c_n", "cells", "gates", "m"),
+    results=4,
+    wrt=("x", "h_0", "c_0", "weights"),
+    batch={
+        "lengths": 0,
+        "cells": 2,
+        "gates": 2,
+        **dict.fromkeys(("x", "h_0", "c_0", "y", "h_n", "c_n", "m"), 1),
+    },
+    # torch's own op is computed once more.
+    spared=lambda impl, **call: ("y", "cells", "gates", "m") if impl == "torch" else (),
+    products=no_autocast,
+)
 
 
 def _cell(
     x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next h and c and, if `save`, the gates, an empty tensor else."""
-    refuse_forward_mode()
+) -> tuple[Tensor, Tensor, Tensor | None]:
     layer, lstm_step = _kernels()
     x, h, c, *weights = (tensor.contiguous() for tensor in (x, h, c, *weights))
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
-    h_next, c_next, gates = lstm_step.cell_forward(
-        x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, precision=layer.precision(), save=save
-    )
-    return h_next, c_next, or_empty(gates, x)
+    call = (x, weight_ih, weight_hh, bias_ih, bias_hh, h, c)
+    return lstm_step.cell_forward(*call, precision=layer.precision(), save=save)
 
 
-def single_step(
-    x: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, H), h_n and c_n (1, B, H) of a layer's only step, in one launch; x (B, I). No op: for a call of
-    which nobody has to be told."""
-    layer, lstm_step = _kernels()
-    x, weight_ih, weight_hh, *biases = (tensor.contiguous() for tensor in (x, *weights))
-    bias_ih, bias_hh = biases or (None, None)
-    h, c = (None, None) if hx is None else (hx[0].contiguous(), hx[1].contiguous())
-    h_n = x.new_empty(1, x.shape[0], weight_hh.shape[1])  # y and h_n do not share memory
-    y, c_n, _ = lstm_step.cell_forward(
-        x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, precision=layer.precision(), save=False, h_n=h_n
-    )
-    return y, h_n, c_n.unsqueeze(0)
-
-
-cell_op = custom_op("gatematch::lstm_cell", _cell, mutates_args=())
-
-
-@cell_op.register_fake
-def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    gates = x.new_empty(x.shape[0], 4 * c.shape[1]) if save else x.new_empty(0)
+def _fake_cell(
+    x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    gates = x.new_empty(x.shape[0], 4 * c.shape[1]) if save else None
     return x.new_empty(h.shape), x.new_empty(c.shape), gates
 
 
@@ -161,15 +147,13 @@ def _cell_backward(
     c: Tensor,
     weights: list[Tensor],
     gates: Tensor,
-    g_h: Tensor | None,
-    g_c: Tensor | None,
+    g_h_next: Tensor | None,
+    g_c_next: Tensor | None,
     wanted: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, h, c and the weights, empty where not wanted."""
+) -> Grads:
     layer, lstm_step = _kernels()
-    refuse_tangents(g_h, g_c)
-    g_h = torch.zeros_like(h) if g_h is None else g_h
-    g_c = torch.zeros_like(c) if g_c is None else g_c
+    g_h = torch.zeros_like(h) if g_h_next is None else g_h_next
+    g_c = torch.zeros_like(c) if g_c_next is None else g_c_next
     dz, dc = lstm_step.cell_gradient(gates, c.contiguous(), g_h.contiguous(), g_c.contiguous())
     with layer.products(x):
         grads = [
@@ -182,46 +166,132 @@ def _cell_backward(
         if len(weights) == 4:
             bias = dz.sum(0) if any(wanted[5:]) else None
             grads += [bias, None if bias is None else bias.clone()]
-    return [or_empty(grad if want else None, x) for grad, want in zip(grads, wanted, strict=True)]
+    return tuple(grads)
 
 
-cell_backward_op = custom_op("gatematch::lstm_cell_backward", _cell_backward, mutates_args=())
+def _cell_reference(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return lstm_cell_reference(x, (h, c), *weights)
 
 
-@cell_backward_op.register_fake
-def _(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], *others: Any) -> list[Tensor]:
-    return list(fake_gradients((x, h, c, *weights), others[-1]))
+cell = Op(
+    "lstm_cell",
+    _cell,
+    _fake_cell,
+    _cell_backward,
+    _cell_reference,
+    outputs=("h_next", "c_next", "gates"),
+    results=2,
+    wrt=("x", "h", "c", "weights"),
+    batch=dict.fromkeys(("x", "h", "c", "h_next", "c_next", "gates"), 0),
+    products=no_autocast,
+)
 
 
-def layer(
+# Whose single steps the kernel of a cell takes.
+_BY_CELL = ("auto", "triton", "step")
+
+
+def layers(
     x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    lengths: Lengths,
     weights: list[Tensor],
-    projected: bool,
+    spec: Spec,
+    hx: State,
+    lengths: Tensor | None,
+    dropout: float,
+    training: bool,
+    packed_rows: Tensor | None,
+    return_cells: bool,
     impl: str,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """`layer_op`, or what it calls."""
-    direct = impl != "torch" and called_directly(x, h_0, c_0, lengths, *weights)
-    return (_layer if direct else layer_op)(x, h_0, c_0, lengths, weights, projected, impl, save)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, h_n, c_n and, with `return_cells`, the last layer's c; x (T, B, I).
+
+    One layer after the other: a wavefront, in which a layer starts while the one below it still runs, would
+    need the input product of the upper layer inside the kernel, and the weights of both on the chip. Under
+    autocast all that is returned is in its dtype, as what torch returns on CUDA.
+    """
+    h_0, c_0 = hx
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x, h_0, c_0, *weights = _cast(x, h_0, c_0, *weights)
+    x = x.contiguous()
+    if lengths is not None:
+        # Two types suffice, so that kernels are compiled for no more.
+        wide = lengths.dtype in (torch.int64, torch.uint32, torch.uint64)
+        lengths = lengths.to(x.device, torch.int64 if wide else torch.int32, non_blocking=True).contiguous()
+        # Anything may stand past them, and products over all steps would take it in: 0 times NaN is NaN.
+        x = x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None], 0)
+    N = 1 + spec.bidirectional
+    size = len(weights) // spec.num_layers
+    h_n, c_n = [], []
+    cells = None
+    by_cell = (
+        impl in _BY_CELL and lengths is None and not (spec.proj_size or return_cells) and x.shape[0] == 1
+    )
+    with no_autocast(x):
+        for l in range(spec.num_layers):
+            if l > 0:
+                x = drop(x, dropout, training, packed_rows)
+            states = slice(l * N, (l + 1) * N)
+            own = weights[l * size : (l + 1) * size]
+            if by_cell:
+                x, h, c = _single_step(x, h_0[states], c_0[states], own)
+            else:
+                with_cells = return_cells and l == spec.num_layers - 1
+                call = (x, h_0[states], c_0[states], lengths, own, spec.proj_size > 0, impl, with_cells)
+                x, h, c, saved, *_ = layer(*call)
+                cells = saved if with_cells else None
+            h_n.append(h)
+            c_n.append(c)
+        if cells is not None:  # (T, B, N·H), a copy always: the backward pass needs cells as they are
+            c = cells[..., : c_0.shape[2]].permute(1, 2, 0, 3)
+            cells = c.to(x.dtype, copy=True, memory_format=torch.contiguous_format).flatten(2)
+        if spec.num_layers == 1:
+            return x, h_n[0], c_n[0], cells
+        return x, torch.cat(h_n), torch.cat(c_n), cells
 
 
-def layer_backward(*args: Any) -> list[Tensor]:
-    """`layer_backward_op`, or what it calls."""
-    x, h_0, c_0, lengths, weights, *others = args
-    direct = others[-2] != "torch" and called_directly(x, h_0, c_0, lengths, *weights, *others[:8])
-    return (_layer_backward if direct else layer_backward_op)(*args)
+def single_step(
+    x: Tensor, weights: list[Tensor], spec: Spec, hx: State | None, time: int, impl: str
+) -> tuple[Tensor, State] | None:
+    """y and the states of a layer that has one direction and one step, and of which no gradient is wanted, by
+    one launch and nothing else; None if that is not the call. `time` is the dimension of x (T, B, I) or
+    (B, T, I)."""
+    if impl not in _BY_CELL or spec.num_layers > 1 or spec.bidirectional or spec.proj_size:
+        return None
+    tensors = (x, *weights) if hx is None else (x, *hx, *weights)
+    recorded = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    if recorded or torch.is_autocast_enabled(x.device.type) or not bypasses_dispatcher(tensors):
+        return None
+    kernels, lstm_step = _kernels()
+    x, weight_ih, weight_hh, *biases = [tensor.contiguous() for tensor in (x.squeeze(time), *weights)]
+    bias_ih, bias_hh = biases or (None, None)
+    h, c = (None, None) if hx is None else (hx[0].contiguous(), hx[1].contiguous())
+    h_n = x.new_empty(1, x.shape[0], weight_hh.shape[1])  # y and h_n do not share memory
+    call = (x, weight_ih, weight_hh, bias_ih, bias_hh, h, c)
+    y, c_n, _ = lstm_step.cell_forward(*call, precision=kernels.precision(), save=False, h_n=h_n)
+    return y.unsqueeze(time), (h_n, c_n.unsqueeze(0))
 
 
-def cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`cell_op`, or what it calls."""
-    return (_cell if called_directly(x, h, c, *weights) else cell_op)(x, h, c, weights, save)
+def _single_step(x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h_n and c_n of a layer whose x (1, B, I) has one step: its directions differ in their weights alone,
+    and the kernel of a cell takes in x W_ihᵀ and the biases."""
+    N = len(h_0)
+    size = len(weights) // N
+    steps = [cell(x[0], h_0[d], c_0[d], weights[d * size : (d + 1) * size])[:2] for d in range(N)]
+    h_n = torch.stack([h for h, _ in steps])  # a copy: y and h_n do not share memory
+    if N == 1:
+        return steps[0][0].unsqueeze(0), h_n, steps[0][1].unsqueeze(0)
+    return torch.cat([h for h, _ in steps], 1).unsqueeze(0), h_n, torch.stack([c for _, c in steps])
 
 
-def cell_backward(*args: Any) -> list[Tensor]:
-    """`cell_backward_op`, or what it calls."""
-    x, h, c, weights, *saved, _ = args
-    direct = called_directly(x, h, c, *weights, *saved)
-    return (_cell_backward if direct else cell_backward_op)(*args)
+def one_step(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:
+    """The next h and c; x (B, I)."""
+    h, c = hx
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x, h, c, *weights = _cast(x, h, c, *weights)
+    with no_autocast(x):
+        h, c, _ = cell(x, h, c, weights)
+    return h, c
+
+
+def _cast(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(torch.get_autocast_dtype(tensors[0].device.type)) for tensor in tensors]

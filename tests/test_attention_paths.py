@@ -22,7 +22,7 @@ from gatematch.attention.reference import (
     pairwise_attention_reference,
     pairwise_sums_reference,
 )
-from gatematch.kernels.autograd import map_batched
+from gatematch.ops import map_batched
 
 
 class Joined(torch.nn.Module):

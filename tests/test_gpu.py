@@ -24,7 +24,8 @@ from waiting import join, wait
 from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
 from gatematch.kernels import pairwise
-from gatematch.lstm import LSTM, LSTMCell, selection
+from gatematch.lstm import LSTM, LSTMCell
+from gatematch.lstm import layer as layers
 from gatematch.lstm.reference import lstm_cell_reference
 
 pytestmark = pytest.mark.gpu
@@ -45,8 +46,8 @@ def rnn_precision():
 
 
 def skip_unless_served(kernel, H, dtype, precision="float32"):
-    layer = selection.Layer(H + -H % 16, dtype, precision, torch.device("cuda", torch.cuda.current_device()))
-    if not selection.serves(kernel, layer, False):
+    layer = layers.Layer(H + -H % 16, dtype, precision, torch.device("cuda", torch.cuda.current_device()))
+    if not layers.serves(kernel, layer, False):
         pytest.skip(f"{kernel} does not serve H = {H} in {dtype}")
 
 

@@ -23,7 +23,8 @@ KINDS = {
 def through_ops(monkeypatch):
     """Every call that torch computes goes through the ops, but for the peer's."""
     by_ops = [True]
-    monkeypatch.setattr(functional, "takes_ops", lambda: by_ops[0])
+    around = functional.surroundings
+    monkeypatch.setattr(functional, "surroundings", lambda: "torch.func" if by_ops[0] else around())
     of_torch = lstm_contract.of_torch
 
     def fused(*args):
@@ -59,7 +60,7 @@ def test_packed_sequences(enforce_sorted, cells, through_ops, monkeypatch):
     x = pack_padded_sequence(torch.randn(5, 3, 4), lengths, enforce_sorted=enforce_sorted)
     model = LSTM(4, 6, 2, bidirectional=True)
     got = model(x, return_cells=cells)
-    monkeypatch.setattr(functional, "takes_ops", lambda: False)
+    monkeypatch.setattr(functional, "surroundings", lambda: "nothing")
     for ours, theirs in zip(got, model(x, return_cells=cells), strict=True):
         if isinstance(ours, PackedSequence):
             assert torch.equal(ours.batch_sizes, theirs.batch_sizes)
@@ -87,7 +88,7 @@ def test_autocast_gives_the_dtypes_of_the_fused_op(through_ops, monkeypatch):
             with torch.autocast("cpu", torch.bfloat16):
                 got = model(x, None, given)
                 with monkeypatch.context() as patch:
-                    patch.setattr(functional, "takes_ops", lambda: False)
+                    patch.setattr(functional, "surroundings", lambda: "nothing")
                     want = model(x, None, given)
             for ours, theirs in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
                 assert ours.dtype == theirs.dtype
@@ -196,7 +197,9 @@ def test_opcheck_with_cells(proj_size, lengths):
     weights = [p.detach() for p in model.parameters()]
     x, h_0, c_0 = torch.randn(3, 2, 2), torch.randn(2, 2, proj_size or 5), torch.randn(2, 2, 5)
     lengths = None if lengths is None else torch.tensor(lengths)
-    torch.library.opcheck(ops.layer_op, (x, h_0, c_0, lengths, weights, proj_size > 0, "torch", True))
+    torch.library.opcheck(
+        ops.layer.forward_op, (x, h_0, c_0, lengths, weights, proj_size > 0, "torch", True, True)
+    )
 
 
 def test_a_map_over_no_samples():

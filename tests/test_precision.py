@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gatematch.kernels import precision
-from gatematch.kernels.precision import Switch, library_products
+from gatematch import precision
+from gatematch.precision import Switch, library_products
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from triton.runtime.errors import InterpreterError, OutOfResources
 from gatematch.bench.launches import launched_with
 from gatematch.kernels import config, lstm_persistent, lstm_resident, lstm_step
 from gatematch.kernels import cooperative as launching
-from gatematch.lstm import LSTM, LSTMCell, ops, selection
+from gatematch.lstm import LSTM, LSTMCell, ops
+from gatematch.lstm import layer as layers
 from gatematch.lstm.reference import cell_update, lstm_cell_reference
 
 torch.set_num_threads(1)
@@ -33,7 +34,7 @@ def steps(kernel):
 
 
 def served(kernel, H, dtype):
-    return selection.serves(kernel, selection.Layer(H + -H % 16, dtype, "float32", torch.device("cpu")), True)
+    return layers.serves(kernel, layers.Layer(H + -H % 16, dtype, "float32", torch.device("cpu")), True)
 
 
 def cases():
@@ -212,7 +213,7 @@ def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
     x, state = torch.randn(4, 3, 3), torch.randn(1, 3, 16)
 
     def run(lengths):
-        return ops.layer_op(x, state, state, lengths, weights, False, "step", False)[:3]
+        return ops.layer.forward_op(x, state, state, lengths, weights, False, "step", False, False)[:3]
 
     torch.testing.assert_close(
         run(torch.tensor([-5, 10**9, 2])), run(torch.tensor([0, 4, 2])), rtol=0, atol=0
@@ -334,14 +335,14 @@ def test_every_way_to_cut_the_work(units, rows, chunk, resident, H):
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
     saves = []
-    op = ops.layer
-    monkeypatch.setattr(ops, "layer", lambda *args: saves.append(args[-1]) or op(*args))
+    compute = ops.layer.compute
+    monkeypatch.setattr(ops.layer, "compute", lambda *args: saves.append(args[-2:]) or compute(*args))
     model, x = LSTM(3, 5, impl="step"), torch.randn(2, 2, 3)
     model(x)
     with torch.no_grad():
         model(x)
         model(x, return_cells=True)
-    assert saves == [True, False, True]
+    assert saves == [(False, True), (False, False), (True, False)]  # with_cells, save
 
 
 def test_the_second_derivative_is_the_references():
@@ -428,23 +429,24 @@ def opcheck_inputs(name):
     T, B, I, H, P = 3, 2, 4, 18, 3
     params = [p.detach() for p in LSTM(I, H, bidirectional=True, proj_size=P).parameters()]
     x, h, c = torch.randn(T, B, I), torch.randn(2, P, B).mT, torch.randn(1, 1, H).expand(2, B, H)
-    call = (x, h, c, None, params, True, "step")
-    y, _, c_n, cells, gates, m = ops.layer_op(*call, True)
+    call = (x, h, c, None, params, True, "step", True)
+    y, _, c_n, cells, gates, m = ops.layer.forward_op(*call, True)
     wanted = [True, False, True, *[True, False, True, True, True] * 2]
+    some = [True, False, True, True, True, True, False]
     cell = [p.detach() for p in LSTMCell(I, H).parameters()]
     step = (x[0], torch.randn(H, B).T, c[0], cell)
-    _, _, cell_gates = ops.cell_op(*step, True)
+    _, _, cell_gates = ops.cell.forward_op(*step, True)
     return {
-        "layer_op": (*call, True),
-        "layer_backward_op": (*call[:5], y, cells, gates, m, y, None, c_n, cells, True, "step", wanted),
-        "cell_op": (*step, True),
-        "cell_backward_op": (*step, cell_gates, step[1], None, [True, False, True, True, True, True, False]),
+        "lstm_layer": (*call, True),
+        "lstm_layer_backward": (*call[:5], y, cells, gates, m, y, None, c_n, cells, True, "step", wanted),
+        "lstm_cell": (*step, True),
+        "lstm_cell_backward": (*step, cell_gates, step[1], None, some),
     }[name]
 
 
-@pytest.mark.parametrize("name", [name for name in vars(ops) if name.endswith("_op") and name != "custom_op"])
+@pytest.mark.parametrize("name", ["lstm_layer", "lstm_layer_backward", "lstm_cell", "lstm_cell_backward"])
 def test_opcheck(name):
-    torch.library.opcheck(getattr(ops, name), opcheck_inputs(name))
+    torch.library.opcheck(getattr(torch.ops.gatematch, name).default, opcheck_inputs(name))
 
 
 def test_compiled():
@@ -474,18 +476,18 @@ def test_compiled():
     ],
 )
 def test_the_rule(hidden, dtype, kernel):
-    layer = selection.Layer(hidden, dtype, "float32", torch.device("cpu"))
-    assert selection.select(layer, False) == kernel
+    layer = layers.Layer(hidden, dtype, "float32", torch.device("cpu"))
+    assert layers.select(layer, False) == kernel
 
 
 def test_resident_serves_on_where_persistent_cannot(monkeypatch):
     monkeypatch.setattr(lstm_persistent, "serves", lambda *layer: False)
-    selection.serves.cache_clear()
+    layers.serves.cache_clear()
     kernels = {
-        H: selection.select(selection.Layer(H, torch.bfloat16, "float32", torch.device("cpu")), False)
+        H: layers.select(layers.Layer(H, torch.bfloat16, "float32", torch.device("cpu")), False)
         for H in (64, 128, 144)
     }
-    selection.serves.cache_clear()
+    layers.serves.cache_clear()
     assert kernels == {64: "resident", 128: "resident", 144: "step"}
 
 
@@ -496,7 +498,7 @@ def test_a_kernel_that_cannot_be_launched_is_replaced_once(monkeypatch, caplog):
         calls.append(1)
         raise OutOfResources(300, 227, "shared memory")
 
-    monkeypatch.setattr(selection, "_failed", set())
+    monkeypatch.setattr(layers, "_refused", set())
     monkeypatch.setattr(lstm_resident, "forward", failing)
     model, x = LSTM(3, 16, impl="triton"), torch.randn(2, 3, 3)
     y, _ = model(x)
@@ -688,7 +690,7 @@ def test_tf32_rounds_both_operands_backward(kernel, H):
     gates, c, weight = torch.rand(1, 1, 5, 4 * H), torch.randn(1, 1, 5, H), torch.randn(4 * H, H)
     state, g = torch.randn(1, 5, H), torch.randn(1, 5, H)
     with steps(kernel):
-        backward = selection._module(kernel).backward
+        backward = layers._module(kernel).backward
         dz, dh_0, _ = backward(gates, c, [weight], state, None, None, g, g, None, precision="tf32")
     want = emulated_tf32(dz[0, 0]).double() @ emulated_tf32(weight).double()
     cut = dz[0, 0].double() @ weight.double()

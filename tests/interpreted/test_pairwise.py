@@ -48,18 +48,18 @@ def test_a_common_offset_changes_nothing(dtype, offset, with_lengths):
 def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
     q, a = torch.randn(2, 9, 20), torch.randn(2, 7, 20)
     by = ("triton", "float32", False)
-    S, _, _ = ops.attention_op(q, a, torch.tensor([-3, 10**9]), torch.tensor([7, 10**9]), *by)
-    assert not S[0].any() and torch.equal(S[1], ops.attention_op(q, a, None, None, *by)[0][1])
+    S, _, _ = ops.attention.forward_op(q, a, torch.tensor([-3, 10**9]), torch.tensor([7, 10**9]), *by)
+    assert not S[0].any() and torch.equal(S[1], ops.attention.forward_op(q, a, None, None, *by)[0][1])
 
 
 def test_what_is_kept_past_the_lengths_is_never_read():
     q, a = rows_at_distances(50, torch.float32)
     lengths = torch.tensor([11, 30]), torch.tensor([37, 5])
-    S, W, centre = ops.attention_op(q, a, *lengths, "triton", "float32", True)
+    S, W, centre = ops.attention.forward_op(q, a, *lengths, "triton", "float32", True)
     W[0, 11:] = W[1, :, 5:] = -1.0  # would be near pairs
     g = torch.randn_like(S)
     by = ("triton", "float32", [True, True])
-    grads = ops.attention_backward_op(q, a, W, centre, g, *lengths, *by)
+    grads = ops.attention.backward_op(q, a, W, centre, g, *lengths, *by)
     q, a = q.requires_grad_(), a.requires_grad_()
     want = torch.autograd.grad(exact.pairwise_attention_reference(q, a, *lengths), (q, a), g)
     torch.testing.assert_close(grads, want)
@@ -69,7 +69,7 @@ def test_the_centre_is_kept_for_the_backward():
     q, a = torch.randn(2, 70, 20), torch.randn(2, 300, 20)
     q[1] += 100
     a[1] += 100
-    _, _, centre = ops.attention_op(q, a, None, None, "triton", "float32", True)
+    _, _, centre = ops.attention.forward_op(q, a, None, None, "triton", "float32", True)
     assert not centre[0].any()
     assert (centre[1] - 100).abs().max() < 3  # a mean of 8 Gaussian rows
 
@@ -85,7 +85,7 @@ def test_without_the_centre_an_offset_makes_all_pairs_near(monkeypatch):
     q, a = torch.randn(1, 40, 50) + 10, torch.randn(1, 32, 50) + 10
 
     def near_pairs():
-        _, W, _ = ops.attention_op(q, a, None, None, "triton", "float32", True)
+        _, W, _ = ops.attention.forward_op(q, a, None, None, "triton", "float32", True)
         return int((W < 0).sum())
 
     assert near_pairs() == 0
@@ -329,8 +329,8 @@ def test_compiled():
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
     saves = []
-    attention = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda *args: saves.append(args[-1]) or attention(*args))
+    compute = ops.attention.compute
+    monkeypatch.setattr(ops.attention, "compute", lambda *args: saves.append(args[-1]) or compute(*args))
     q = torch.randn(1, 5, 20, requires_grad=True)
     pairwise_attention(q, q, impl="triton")
     with torch.no_grad():

@@ -72,7 +72,7 @@ def test_equal_rows_need_no_differences(dtype, monkeypatch):
     words = torch.randn(9, 20).to(dtype)
     q, a = words[torch.randint(9, (2, 40))], words[torch.randint(9, (2, 70))]
     same = (q[:, :, None] == a[:, None]).all(-1)
-    S, W, _ = ops.attention_op(q, a, None, None, "triton", "float32", True)
+    S, W, _ = ops.attention.forward_op(q, a, None, None, "triton", "float32", True)
     assert same.any() and torch.equal(S == 1, same) and torch.equal(W[..., :70] == 0, same)
     check_scores(q, a)
     assert not visits
@@ -81,7 +81,7 @@ def test_equal_rows_need_no_differences(dtype, monkeypatch):
 def test_near_pairs_that_are_not_equal_are_marked():
     q = torch.randn(1, 30, 20)
     a = torch.cat([q, q + 1e-3], 1)
-    _, W, _ = ops.attention_op(q, a, None, None, "triton", "float32", True)
+    _, W, _ = ops.attention.forward_op(q, a, None, None, "triton", "float32", True)
     near = torch.eye(30, dtype=torch.bool)
     assert (W[0, :, 30:60][near] < 0).all() and (W[0, :, :30][near] == 0).all()
     check_scores(q, a)

@@ -1,6 +1,6 @@
-"""The precision of library products of float32, which torch knows only as switches of the whole process.
+"""The precision of float32 products by the library, which torch has only as switches of the whole process.
 
-While one is set, products that other threads of the process happen to make on that device are in it too.
+While a switch is set, it holds for the products of all other threads on that device too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _AS_IT_IS = contextlib.nullcontext()
 
 
 class Switch:
-    """One of them. Backward passes run in threads of their own, so several may want it at a time.
+    """One such switch, which several threads may use at a time, since backward passes run in their own.
 
-    The first that comes sets it and the last that goes sets it back; who wants another precision waits.
+    Reference-counted: the first user sets it, the last restores it. A user of another precision waits.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -28,7 +28,7 @@ class Switch:
 
     @contextlib.contextmanager
     def at(self, precision: str) -> Iterator[None]:
-        """Products in "ieee" or "tf32". Not to be nested with another one in a thread."""
+        """Products in "ieee" or "tf32". A thread must not nest two that differ: it would wait for itself."""
         with self._free:
             self._free.wait_for(lambda: self._users == 0 or self._wanted == precision)
             if self._users == 0:
@@ -58,8 +58,9 @@ _CUDA = Switch(_ALL.cuda.matmul)
 
 def library_products(device_type: str, precision: str = "ieee") -> contextlib.AbstractContextManager[None]:
     """Products of float32 in this precision and of other dtypes as they are, whatever autocast says."""
-    # On the CPU nobody here wants anything but "ieee": where that is set there is nothing to guard.
-    if device_type != "cuda" and _CPU.is_at(precision) and not torch.is_autocast_enabled(device_type):
+    # On the CPU this package asks for "ieee" only: where that is set there is nothing to do.
+    exact = device_type != "cuda" and _CPU.backend.fp32_precision in ("ieee", "none")
+    if exact and not torch.is_autocast_enabled(device_type):
         return _AS_IT_IS
     return _guarded(device_type, precision)
 

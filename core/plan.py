@@ -1,0 +1,57 @@
+"""Who computes a call: one table for both halves. What is chosen inside the op, by sizes, is in each half."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gatematch.kernels.launch import obstacle
+
+# By what surrounds a call: who computes it where the kernels are asked for and can, and who otherwise.
+#   triton      the op, by the kernels
+#   torch       the op, by torch's own operations
+#   eager       torch's own operations without any op
+#   reference   plain operations, through which every derivative and transform of torch passes
+# Sizes decide nothing here: TorchDynamo would compile again for others.
+TABLE = {
+    "nothing": ("triton", "eager"),
+    "torch.func": ("triton", "torch"),
+    "torch.compile": ("triton", "torch"),
+    "forward mode": (None, "reference"),
+    "torch.func inside torch.compile": (None, "reference"),
+}
+_OBSTACLES = {
+    "forward mode": "the kernels have no forward-mode derivative",
+    "torch.func inside torch.compile": "the kernels know nothing of torch.func inside of what is compiled",
+}
+
+
+def who_computes(
+    x: Tensor, impl: str, around: str, named: Sequence[str] = (), serving: Sequence[str] = ()
+) -> str:
+    """ "triton", "torch", "eager" or "reference", for tensors like x.
+
+    Args:
+        impl: "auto", "torch", "triton" or the name of a kernel.
+        around: what surrounds the call, from `torch_private.surroundings`.
+        named: the kernels that can be asked for by name.
+        serving: those of them that serve this kind of call.
+
+    Raises:
+        ValueError: `impl` is unknown, or asks for kernels that cannot serve the call.
+    """
+    if impl not in ("auto", "torch", "triton") and impl not in named:
+        names = ", ".join(map(repr, ("auto", "torch", "triton", *named)))
+        raise ValueError(f"impl: expected one of {names}, got {impl!r}")
+    kernels, otherwise = TABLE[around]
+    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+        return otherwise
+    reason = obstacle(x) or _OBSTACLES.get(around)
+    if reason is None and impl in named and impl not in serving:
+        reason = f"the kernels for it are {', '.join(serving)}"
+    if reason is None and kernels is not None:
+        return kernels
+    if impl != "auto":
+        raise ValueError(f"impl: {impl!r} cannot serve this call: {reason}; use 'auto' or 'torch'")
+    return otherwise
