@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatematch.torch_private import transformed
+from gatematch.checks import check_choice, check_dtype, check_int, check_kind, check_range
 
-from .checks import check_dtype, check_pair, check_sizes, check_weighted
-from .modules import AttentionFeatures
+from .functional import check_pair
+from .modules import AttentionFeatures, check_weighted
 from .pooling import all_pool, attention_weights, mean_weights, window_pool, zero_past
 
 KINDS = ("bcnn", "abcnn1", "abcnn2", "abcnn3")
@@ -126,18 +126,24 @@ class ABCNN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(features=features, length=length, channels=channels, width=width, blocks=blocks)
-        for name, value, known in (("kind", kind, KINDS), ("variant", variant, VARIANTS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-        if embedding is not None and not isinstance(embedding, nn.Embedding):
-            raise TypeError(f"embedding must be a torch.nn.Embedding; got {type(embedding).__name__}")
-        if embedding is not None and embedding.embedding_dim != features:
-            raise ValueError(
-                f"embedding must have the width of features, {features}; got {embedding.embedding_dim}"
-            )
+        sizes = {
+            "features": features,
+            "length": length,
+            "channels": channels,
+            "width": width,
+            "blocks": blocks,
+        }
+        for name, size in sizes.items():
+            check_int(name, size, 1)
+        check_choice("kind", kind, KINDS)
+        check_choice("variant", variant, VARIANTS)
+        if embedding is not None:
+            check_kind("embedding", embedding, nn.Embedding, "a torch.nn.Embedding")
+            if embedding.embedding_dim != features:
+                got = embedding.embedding_dim
+                raise ValueError(f"embedding: expected features = {features} columns, got {got}")
         if classes is not None:
-            check_sizes(classes=classes)
+            check_int("classes", classes, 1)
         if dtype is not None:
             check_dtype("dtype", dtype)
         self.features, self.length, self.channels, self.width = features, length, channels, width
@@ -176,9 +182,9 @@ class ABCNN(nn.Module):
             q: (B, Q, D), or unbatched (Q, D), in the dtype of the weights; with `embedding` integer ids
                 (B, Q) or (Q,). Q from 1 to `length`.
             a: (B, A, D), (A, D), (B, A) or (A,) likewise.
-            q_lengths: (B,) integers, how many words of each q are real; None: all. The others are left out
-                ("official") or become zero vectors ("paper"). A sentence of length 0 is allowed: its
-                convolution sees `width` - 1 columns of zeros.
+            q_lengths: (B,) integers, on q's device or on the CPU, how many words of each q are real; all if
+                None. The others are left out ("official") or become zero vectors ("paper"). A sentence of
+                length 0 is allowed: its convolution sees `width` - 1 columns of zeros.
             a_lengths: the same for a.
 
         Returns:
@@ -196,7 +202,7 @@ class ABCNN(nn.Module):
 
         Arguments and errors are those of `forward`.
         """
-        unbatched = self._check(q, a, q_lengths, a_lengths)
+        unbatched, q_lengths, a_lengths = self._check(q, a, q_lengths, a_lengths)
         if self.embedding is not None:
             q, a = self.embedding(q), self.embedding(a)
         if unbatched:
@@ -230,28 +236,28 @@ class ABCNN(nn.Module):
                 a = zero_past(window_pool(a, self.width, a_weights), a_lengths)
         return [Pair(level.q[0], level.a[0]) for level in levels] if unbatched else levels
 
-    def _check(self, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> bool:
-        """Raise for anything wrong; returns whether q and a are unbatched."""
+    def _check(
+        self, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None
+    ) -> tuple[bool, Tensor | None, Tensor | None]:
+        """`check_pair`, and what else a call of this module needs."""
         if self.embedding is not None:
             for name, ids in (("q", q), ("a", a)):
                 _check_ids(name, ids, self.embedding)
             # The vectors' shapes, dtype and device before they are looked up.
             vector = self.embedding.weight.new_empty(self.features)
             q, a = (vector.expand(*ids.shape, -1) for ids in (q, a))
-        unbatched = check_pair(q, a, q_lengths, a_lengths)
+        checked = check_pair(q, a, q_lengths, a_lengths)
         if q.shape[-1] != self.features:
-            raise ValueError(
-                f"q must have features = {self.features} columns; got {q.shape[-1]}, shape {tuple(q.shape)}"
-            )
+            raise ValueError(f"q: expected features = {self.features} columns, got shape {tuple(q.shape)}")
         for name, rows in (("q", q), ("a", a)):
             if not 1 <= rows.shape[-2] <= self.length:
                 raise ValueError(
-                    f"{name} must have from 1 to length = {self.length} rows; got {rows.shape[-2]}"
+                    f"{name}: expected from 1 to length = {self.length} rows, got {rows.shape[-2]}"
                 )
         # Not from parameters(): a replica of DataParallel has none.
         weight = cast(Tensor, self.blocks[0].weight)
         check_weighted("q" if self.embedding is None else "embedding", q, weight)
-        return unbatched
+        return checked
 
     def extra_repr(self) -> str:
         return (
@@ -282,22 +288,13 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 def _check_ids(name: str, ids: Tensor, embedding: nn.Embedding) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of ids; got {type(ids).__name__}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must hold ids for the embedding, int32 or int64; got {ids.dtype}")
+    check_kind(name, ids, Tensor)
+    check_dtype(name, ids.dtype, (torch.int32, torch.int64))
     if ids.dim() not in (1, 2):
         size = name.upper()
-        raise ValueError(f"{name} must have shape (B, {size}) or ({size},); got {tuple(ids.shape)}")
-    if ids.device != embedding.weight.device:
-        raise ValueError(
-            f"{name} must be on the device of the embedding, {embedding.weight.device}; got {ids.device}"
-        )
-    # As for lengths: what is traced or batched has no values to look at, and another device would wait.
-    if ids.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()) and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= embedding.num_embeddings:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"{name} must hold ids from 0 to {embedding.num_embeddings - 1}, in padding too; got {wrong}"
-            )
+        raise ValueError(f"{name}: expected shape (B, {size}) or ({size},), got {tuple(ids.shape)}")
+    device = embedding.weight.device
+    if ids.device != device:
+        raise ValueError(f"{name}: expected device {device} as the embedding, got {ids.device}")
+    most = embedding.num_embeddings - 1
+    check_range(name, ids, most, "num_embeddings - 1", "; padding has ids too")

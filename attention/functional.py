@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gatematch.checks import check_alike, check_choice, check_dtype, check_kind, check_lengths, check_shape
 from gatematch.plan import who_computes
 from gatematch.torch_private import surroundings
 
 from . import eager, ops
-from .checks import check_pair, check_rows
 
 
 def pairwise_attention(
@@ -35,8 +35,8 @@ def pairwise_attention(
     Args:
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16.
         a: (B, A, D) or (A, D), dtype and device of q.
-        q_lengths: (B,) integers on the device of q, how many rows of each q are real; the others score 0,
-            whatever they hold, and get no gradient.
+        q_lengths: (B,) integers, on q's device or on the CPU, how many rows of each q are real; the others
+            score 0, whatever they hold, and get no gradient.
         a_lengths: the same for a.
         impl: "auto": the Triton kernels on CUDA, "torch" elsewhere and for float64. "triton": the kernels,
             or an error that says why not. "torch": PyTorch's own operations, tile by tile, on any device.
@@ -49,9 +49,8 @@ def pairwise_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    return checked_attention(
-        q, a, q_lengths, a_lengths, check_pair(q, a, q_lengths, a_lengths), impl, precision
-    )
+    unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
+    return checked_attention(q, a, q_lengths, a_lengths, unbatched, impl, precision)
 
 
 def checked_attention(
@@ -63,7 +62,7 @@ def checked_attention(
     impl: str = "auto",
     precision: str = "float32",
 ) -> Tensor:
-    """`pairwise_attention` of what `check_pair` has passed; `unbatched` is what it returned."""
+    """`pairwise_attention` of a pair that `check_pair` has passed, with what it returned."""
     path = _path(q, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
@@ -108,16 +107,12 @@ def pairwise_attend(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = check_pair(q, a, q_lengths, a_lengths)
+    unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
     path = _path(q, impl, precision)
-    check_rows("v", v, q)
-    if v.dim() != a.dim() or v.shape[:-1] != a.shape[:-1]:
-        expected = ", ".join(map(str, a.shape[:-1]))
-        raise ValueError(
-            f"v must have shape ({expected}, V), one row for each row of a; got {tuple(v.shape)}"
-        )
-    if normalize not in (None, "rows"):
-        raise ValueError(f'normalize must be None or "rows"; got {normalize!r}')
+    check_kind("v", v, Tensor)
+    check_alike("v", v, "q", q)
+    check_shape("v", v, (*a.shape[:-1], None))
+    check_choice("normalize", normalize, (None, "rows"))
     if unbatched:
         q, a, v = q[None], a[None], v[None]
     O: Tensor
@@ -155,7 +150,7 @@ def pairwise_sums(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = check_pair(q, a, q_lengths, a_lengths)
+    unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
     path = _path(q, impl, precision)
     if unbatched:
         q, a = q[None], a[None]
@@ -171,6 +166,36 @@ def pairwise_sums(
 
 def _path(q: Tensor, impl: str, precision: str) -> str:
     """Who computes a call, see plan.py; the ops know "triton" and "torch" by these names too."""
-    if precision not in ("float32", "tf32"):
-        raise ValueError(f'precision must be "float32" or "tf32"; got {precision!r}')
+    check_choice("precision", precision, ("float32", "tf32"))
     return who_computes(q, impl, surroundings())
+
+
+def check_pair(
+    q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None
+) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Raise for anything wrong; whether q and a are unbatched, and the lengths on their device."""
+    check_kind("q", q, Tensor)
+    check_kind("a", a, Tensor)
+    if not (q.is_cpu or q.is_cuda):
+        raise ValueError(f"q: expected device cpu or cuda, got {q.device}")
+    check_dtype("q", q.dtype)
+    check_alike("a", a, "q", q)
+    if q.dim() not in (2, 3):
+        raise ValueError(f"q: expected shape (B, Q, D) or (Q, D), got {tuple(q.shape)}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q: expected at least one feature, got shape {tuple(q.shape)}")
+    if a.dim() != q.dim() or a.shape[-1] != q.shape[-1] or a.shape[:-2] != q.shape[:-2]:
+        transposed = a.dim() == q.dim() and a.shape[-1] == q.shape[-2]
+        expected = (*q.shape[:-2], None, q.shape[-1])
+        check_shape("a", a, expected, "; q looks transposed" if transposed else "")
+    if q_lengths is not None:
+        q_lengths = _lengths(q_lengths, "q", q)
+    if a_lengths is not None:
+        a_lengths = _lengths(a_lengths, "a", a)
+    return q.dim() == 2, q_lengths, a_lengths
+
+
+def _lengths(lengths: Tensor, like: str, rows: Tensor) -> Tensor:
+    """Checked, and on the device of the rows; the host does not wait for the copy."""
+    check_lengths(f"{like}_lengths", lengths, like, rows, size=like.upper())
+    return lengths.to(rows.device, non_blocking=True)

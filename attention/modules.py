@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import check_dtype, check_flags, check_pair, check_sizes, check_weighted
-from .functional import checked_attention, pairwise_attention
+from gatematch.checks import check_alike, check_dtype, check_int, check_kind
+
+from .functional import check_pair, checked_attention, pairwise_attention
 
 
 class PairwiseAttention(nn.Module):
@@ -48,8 +49,9 @@ class AttentionFeatures(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(length=length, features=features)
-        check_flags(shared=shared)
+        check_int("length", length, 1)
+        check_int("features", features, 1)
+        check_kind("shared", shared, bool)
         if dtype is not None:
             check_dtype("dtype", dtype)
         self.length = length
@@ -72,11 +74,11 @@ class AttentionFeatures(nn.Module):
     def forward(
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        unbatched = check_pair(q, a, q_lengths, a_lengths)
+        unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
         for name, rows in (("q", q), ("a", a)):
             if rows.shape[-2] > self.length:
                 raise ValueError(
-                    f"{name} must have at most length = {self.length} rows; got {rows.shape[-2]}"
+                    f"{name}: expected at most length = {self.length} rows, got {rows.shape[-2]}"
                 )
         check_weighted("q", q, self.weight_q)
         S = checked_attention(q, a, q_lengths, a_lengths, unbatched)
@@ -85,3 +87,9 @@ class AttentionFeatures(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.length}, {self.features}" + (", shared=True" if self.shared else "")
+
+
+def check_weighted(name: str, rows: Tensor, weight: Tensor) -> None:
+    """Rows that weights multiply are on their device, in their dtype; autocast unites all but float64."""
+    united = torch.is_autocast_enabled(rows.device.type) and torch.float64 not in (rows.dtype, weight.dtype)
+    check_alike(name, rows, "the weights", weight, any_dtype=united)

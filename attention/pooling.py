@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_flags, check_pair, check_sizes
-from .functional import pairwise_sums
+from gatematch.checks import check_int, check_kind
+
+from .functional import check_pair, pairwise_sums
 from .operands import padding
 
 
@@ -37,8 +38,8 @@ def attention_pool(
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16; Q >= width.
         a: (B, A, D) or (A, D), dtype and device of q; A >= width.
         width: how many consecutive rows a window holds.
-        q_lengths: (B,) integers on the device of q, how many rows of each q are real; windows that reach past
-            them give 0, and what lies there does not matter.
+        q_lengths: (B,) integers, on q's device or on the CPU, how many rows of each q are real; windows that
+            reach past them give 0, and what lies there does not matter.
         a_lengths: the same for a.
         normalize: divide the weights of a sentence by their sum, as the authors' code does.
         impl: as for `pairwise_attention`.
@@ -50,12 +51,12 @@ def attention_pool(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
-    unbatched = check_pair(q, a, q_lengths, a_lengths)
-    check_sizes(width=width)
-    check_flags(normalize=normalize)
+    unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
+    check_int("width", width, 1)
+    check_kind("normalize", normalize, bool)
     for name, rows in (("q", q), ("a", a)):
         if rows.shape[-2] < width:
-            raise ValueError(f"{name} must have at least width = {width} rows; got {rows.shape[-2]}")
+            raise ValueError(f"{name}: expected at least width = {width} rows, got {rows.shape[-2]}")
     if unbatched:
         q, a = q[None], a[None]
     # Small integer types could not hold a length less the width.

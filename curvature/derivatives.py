@@ -11,27 +11,26 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gatematch.checks import check_dtype, check_kind
+
 from .parameters import Parameters
 
 LossFn = Callable[[], Tensor]
 
 
 def check_loss_fn(loss_fn: LossFn) -> None:
-    if not callable(loss_fn):
-        hint = ": wrap what computes it in a function" if isinstance(loss_fn, Tensor) else ""
-        raise TypeError(f"loss_fn must be callable without arguments; got {type(loss_fn).__name__}{hint}")
+    hint = "; wrap what computes it in a function" if isinstance(loss_fn, Tensor) else ""
+    check_kind("loss_fn", loss_fn, Callable, "a function without arguments", hint)
 
 
 def gradient(loss_fn: LossFn, parameters: Parameters) -> list[Tensor | None]:
     """The loss's gradient by each parameter, with its graph where it has one; None where it is constant 0."""
     with torch.inference_mode(False), torch.enable_grad():
         loss = loss_fn()
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return a tensor; got {type(loss).__name__}")
+        check_kind("loss_fn()", loss, Tensor)
         if loss.numel() != 1:
-            raise ValueError(f"loss_fn must return a scalar; got shape {tuple(loss.shape)}")
-        if not loss.is_floating_point():
-            raise TypeError(f"loss_fn must return a real floating dtype; got {loss.dtype}")
+            raise ValueError(f"loss_fn(): expected a scalar, got shape {tuple(loss.shape)}")
+        check_dtype("loss_fn()", loss.dtype)
         if not loss.requires_grad:
             _check_unused(parameters, parameters.index)
             return [None] * len(parameters.tensors)
@@ -43,7 +42,7 @@ def gradient(loss_fn: LossFn, parameters: Parameters) -> list[Tensor | None]:
         _check_unused(parameters, parameters.index.keys() - found.keys())
         for name, g in found.items():
             if g.layout != torch.strided:
-                raise ValueError(f"params must have dense gradients; got a sparse one for {name!r}")
+                raise ValueError(f"params[{name!r}]: expected a dense gradient, got layout {g.layout}")
         _check_graph(found, one)
     return list(gradients)
 
@@ -53,8 +52,8 @@ def _check_unused(parameters: Parameters, names: Collection[str]) -> None:
     for name, tensor in zip(parameters.index, parameters.tensors, strict=True):
         if name in names and not tensor.is_leaf:
             raise ValueError(
-                f"params must be what loss_fn reads; {name!r} is computed from another tensor and not read: "
-                "pass that one, and take the rows and columns wanted"
+                f"params[{name!r}]: expected a tensor that loss_fn reads, got one that is computed from "
+                "another and not read; pass that one, and take the rows and columns wanted"
             )
 
 
@@ -64,7 +63,7 @@ def _check_reentrant(loss: Tensor) -> None:
     while nodes:
         node = nodes.pop()
         if node is not None and node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError("loss_fn must not use checkpoints with use_reentrant=True; pass False")
+            raise RuntimeError("loss_fn: expected checkpoints with use_reentrant=False, got one with True")
         new = {source for source, _ in node.next_functions} - seen if node is not None else set()
         seen |= new
         nodes += new
@@ -81,7 +80,9 @@ def _check_graph(gradients: Mapping[str, Tensor], one: Tensor) -> None:
     while nodes:
         node = nodes.pop()
         if node.name() == "torch::autograd::Error":  # what once_differentiable puts there
-            raise RuntimeError("loss_fn must be twice differentiable; it has an operation that is once only")
+            raise RuntimeError(
+                "loss_fn: expected it to be twice differentiable, got an operation that is so only once"
+            )
         for source, _ in node.next_functions:
             if source is not None:
                 users[source].append(node)
@@ -97,8 +98,8 @@ def _check_graph(gradients: Mapping[str, Tensor], one: Tensor) -> None:
     for name, g in gradients.items():
         if g is not one and g.grad_fn not in linear and g.any():
             raise RuntimeError(
-                f"loss_fn must be twice differentiable; the gradient by {name!r} passes through an operation "
-                "whose backward pass is not"
+                f"loss_fn: expected it to be twice differentiable, got a gradient by {name!r} through an "
+                "operation whose backward pass has no derivative"
             )
 
 

@@ -9,6 +9,8 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
+from gatematch.checks import check_alike, check_int, check_kind, check_shape
+
 from .derivatives import LossFn, check_loss_fn, gradient, product, pull_back
 from .parameters import Parameters, Params
 
@@ -81,7 +83,8 @@ def hessian(
         RuntimeError: torch has no second derivative for an operation.
     """
     check_loss_fn(loss_fn)
-    _check_chunk_size(chunk_size)
+    if chunk_size is not None:
+        check_int("chunk_size", chunk_size, 1, Integral)
     track = _tracker() if progress else iter
     parameters = Parameters(params)
     gradients = gradient(loss_fn, parameters)
@@ -114,14 +117,9 @@ def hvp(loss_fn: LossFn, params: Params, vector: Tensor) -> Tensor:
     """
     check_loss_fn(loss_fn)
     parameters = Parameters(params)
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"vector must be a torch.Tensor; got {type(vector).__name__}")
-    if vector.shape != (parameters.size,):
-        raise ValueError(f"vector must have shape (P,) = ({parameters.size},); got {tuple(vector.shape)}")
-    if vector.dtype != parameters.dtype:
-        raise TypeError(f"vector must have the dtype of params, {parameters.dtype}; got {vector.dtype}")
-    if vector.device != parameters.device:
-        raise ValueError(f"vector must be on the device of params, {parameters.device}; got {vector.device}")
+    check_kind("vector", vector, Tensor)
+    check_shape("vector", vector, (parameters.size,))
+    check_alike("vector", vector, "params", parameters)
     return product(gradient(loss_fn, parameters), parameters, vector.detach())
 
 
@@ -160,15 +158,6 @@ class _Block:
         for second, columns in zip(found, self.columns, strict=True):
             if second is not None:
                 self.matrix[start:stop, columns] = second.reshape(stop - start, -1)
-
-
-def _check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is None:
-        return
-    if not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool):
-        raise TypeError(f"chunk_size must be an integer or None; got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
 
 
 def _tracker() -> Callable[[list[T]], Iterable[T]]:

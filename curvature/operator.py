@@ -68,7 +68,7 @@ class HessianOperator(LinearOperator):
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(x):
-            raise TypeError(f"x must be real; got {x.dtype}")
+            raise TypeError(f"x: expected a real dtype, got {x.dtype}")
         if self._changed():
             self._evaluate()
         vector = torch.from_numpy(np.array(x, self.dtype).reshape(-1)).to(self._parameters.device)

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gatematch.checks import check_dtype, check_kind
+
 Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 
 
@@ -39,14 +41,14 @@ class Parameters:
             self.size += tensor.numel()
         if not self.tensors:
             trainable = " that requires gradients" if isinstance(params, nn.Module) else ""
-            raise ValueError(f"params must hold at least one tensor{trainable}; got none")
+            raise ValueError(f"params: expected at least one tensor{trainable}, got none")
         self.dtypes = [tensor.dtype for tensor in self.tensors]
         self.device = self.tensors[0].device
         self.dtype = self.tensors[0].dtype
         for name, tensor in zip(self.index, self.tensors, strict=True):
             if tensor.device != self.device:
                 raise ValueError(
-                    f"params must be on one device; got {self.device}, and {tensor.device} at {name!r}"
+                    f"params[{name!r}]: expected device {self.device} as the others, got {tensor.device}"
                 )
             self.dtype = torch.promote_types(self.dtype, tensor.dtype)
 
@@ -58,8 +60,8 @@ class Parameters:
         same = len(now) == len(self.tensors) and all(map(operator.is_, now, self.tensors))
         if not same or self.dtypes != [p.dtype for p in now] or not all(p.requires_grad for p in now):
             raise RuntimeError(
-                "params are no longer those that the operator was made for: a parameter was replaced, "
-                "converted or frozen; make a new operator"
+                "params: expected those that the operator was made for, got one that was replaced, converted "
+                "or frozen; make a new operator"
             )
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -89,29 +91,22 @@ def parameter_index(params: Params) -> dict[str, slice]:
 def _named(params: Params) -> Iterator[tuple[str, Any]]:
     if isinstance(params, nn.Module):
         return ((name, p) for name, p in params.named_parameters() if p.requires_grad)
-    if isinstance(params, Tensor):
-        raise TypeError(
-            "params must be a module, a mapping or an iterable of tensors; got a Tensor: put it in a list"
-        )
     if isinstance(params, Mapping):
         for name in params:
             if not isinstance(name, str):
-                raise TypeError(f"params must have strings as names; got {name!r}")
+                raise TypeError(f"params: expected strings as names, got {name!r}")
         return iter(params.items())
-    if isinstance(params, Iterable) and not isinstance(params, str):
+    if isinstance(params, Iterable) and not isinstance(params, (str, Tensor)):
         return ((str(k), tensor) for k, tensor in enumerate(params))
-    raise TypeError(
-        f"params must be a module, a mapping or an iterable of tensors; got {type(params).__name__}"
-    )
+    hint = "; put it in a list" if isinstance(params, Tensor) else ""
+    got = type(params).__name__
+    raise TypeError(f"params: expected a module, a mapping or an iterable of tensors, got {got}{hint}")
 
 
-def _check(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        hint = ": for named_parameters(), pass dict(named_parameters())" if isinstance(tensor, tuple) else ""
-        raise TypeError(f"params must hold tensors; got {type(tensor).__name__} at {name!r}{hint}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"params must have real floating dtypes; got {tensor.dtype} at {name!r}")
+def _check(name: str, tensor: Any) -> None:
+    name = f"params[{name!r}]"
+    hint = "; for named_parameters(), pass dict(named_parameters())" if isinstance(tensor, tuple) else ""
+    check_kind(name, tensor, Tensor, hint=hint)
+    check_dtype(name, tensor.dtype)
     if not tensor.requires_grad:
-        raise ValueError(
-            f"params must require gradients; {name!r} does not: leave it out or requires_grad_()"
-        )
+        raise ValueError(f"{name}: expected requires_grad=True, got False; leave it out or requires_grad_()")

@@ -8,6 +8,8 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator
 
+from gatematch.checks import check_int, check_kind
+
 
 class TraceEstimate(NamedTuple):
     """A trace and the standard error of it.
@@ -35,7 +37,7 @@ class SpectralDensity(NamedTuple):
     def smooth(self, grid: np.ndarray, width: float) -> np.ndarray:
         """The density on a grid (N,), each node spread to a normal of standard deviation `width`."""
         if not width > 0:
-            raise ValueError(f"width must be positive; got {width}")
+            raise ValueError(f"width: expected a positive number, got {width}")
         z = (np.asarray(grid)[:, None] - self.nodes) / width
         density: np.ndarray = np.exp(-(z**2) / 2) @ self.weights / (width * math.sqrt(2 * math.pi))
         return density
@@ -98,7 +100,7 @@ def spectral_density(
     """
     _check(op, samples=(samples, 1), steps=(steps, 1), seed=(0 if seed is None else seed, 0))
     if op.shape[0] == 0:
-        raise ValueError("op must have at least one row; got shape (0, 0)")
+        raise ValueError("op: expected at least one row, got shape (0, 0)")
     generator = np.random.default_rng(seed)
     rules = [_gauss_rule(op, _signs(generator, op.shape[0]), steps) for _ in range(samples)]
     nodes, weights = (np.concatenate(parts) for parts in zip(*rules, strict=True))
@@ -115,7 +117,7 @@ def _gauss_rule(op: LinearOperator, start: np.ndarray, steps: int) -> tuple[np.n
         w = op.matvec(v) - betas[-1] * before
         alpha = v @ w
         if not np.isfinite(alpha):
-            raise ValueError(f"op must give finite products; got {alpha} in one")
+            raise ValueError(f"op: expected finite products, got {alpha} in one")
         w -= alpha * v
         alphas.append(alpha)
         beta = float(np.linalg.norm(w))
@@ -132,14 +134,10 @@ def _signs(generator: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _check(op: LinearOperator, **counts: tuple[int, int]) -> None:
-    if not isinstance(op, LinearOperator):
-        raise TypeError(f"op must be a scipy.sparse.linalg.LinearOperator; got {type(op).__name__}")
+    check_kind("op", op, LinearOperator, "a scipy.sparse.linalg.LinearOperator")
     if op.shape[0] != op.shape[1]:
-        raise ValueError(f"op must be square; got shape {op.shape}")
+        raise ValueError(f"op: expected as many rows as columns, got shape {op.shape}")
     if np.issubdtype(op.dtype, np.complexfloating):
-        raise TypeError(f"op must be real; got {op.dtype}")
+        raise TypeError(f"op: expected a real dtype, got {op.dtype}")
     for name, (count, least) in counts.items():
-        if not isinstance(count, Integral) or isinstance(count, bool):
-            raise TypeError(f"{name} must be an integer; got {type(count).__name__}")
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}; got {count}")
+        check_int(name, count, least, Integral)

@@ -14,24 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from gatematch.checks import check_kind, check_lengths
 from gatematch.plan import TABLE, who_computes
 from gatematch.torch_private import surroundings
 
 from . import ops
-from .checks import (
-    KERNELS,
-    Spec,
-    State,
-    cell_fits,
-    check_bool,
-    check_call,
-    check_cell,
-    check_dropout,
-    check_lengths,
-    fits,
-)
+from .checks import KERNELS, cell_fits, check_call, check_cell, check_dropout, fits
 from .fused import Options, Packing, with_lengths
 from .reference import lstm_cell_reference, lstm_reference, scatter_rows
+from .spec import Spec, State
 
 
 def lstm(
@@ -79,13 +70,13 @@ def lstm(
         arranged as y.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a wrong name, shape, dtype, device, length or option.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong name, shape, device, length or option.
         RuntimeError: T is 0, as in torch.nn.LSTM.
     """
     check_dropout(dropout)
-    check_bool("batch_first", batch_first)
-    check_bool("training", training)
+    check_kind("batch_first", batch_first, bool)
+    check_kind("training", training, bool)
     spec = Spec.of_params(params, x)
     weights = [params[name] for name in spec.names]
     return run(x, weights, spec, hx, lengths, batch_first, dropout, training, return_cells, impl)
@@ -116,8 +107,8 @@ def lstm_cell(
         The next h and c, shaped as hx.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a wrong shape, dtype, device or option.
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape, device or option.
     """
     if bias_ih is None and bias_hh is None:
         weights: tuple[Any, ...] = (weight_ih, weight_hh)
@@ -162,13 +153,17 @@ def run(
     impl: str,
 ) -> tuple[Any, ...]:
     """`lstm` with the parameters as a list in the order of `spec.names`; the module's way in."""
-    check_bool("return_cells", return_cells)
+    if return_cells is not True and return_cells is not False:
+        check_kind("return_cells", return_cells, bool)
     if not fits(x, weights, spec, hx, batch_first):
         check_call(x, weights, spec, hx, batch_first)
-    if lengths is not None:
-        check_lengths(lengths, x, batch_first)
     if isinstance(x, PackedSequence):
+        if lengths is not None:
+            got = type(lengths).__name__
+            raise ValueError(f"lengths: expected None with a PackedSequence, which has its own, got {got}")
         return _run_packed(x, weights, spec, hx, dropout, training, return_cells, impl)
+    if lengths is not None:
+        check_lengths("lengths", lengths, "x", x, 1 if batch_first else 0)
     if unbatched := x.dim() == 2:
         batch_first = False
         x = x.unsqueeze(1)
@@ -299,9 +294,9 @@ def _as_fused(
 
 
 def _zero_state(x: Tensor, spec: Spec, batch: int) -> State:
-    h_shape, c_shape = spec.state_shapes(batch)
-    c = x.new_zeros(c_shape)
-    return (c if h_shape == c_shape else x.new_zeros(h_shape)), c
+    cells = spec.num_layers * (1 + spec.bidirectional)
+    c = x.new_zeros(cells, batch, spec.hidden_size)
+    return (x.new_zeros(cells, batch, spec.proj_size) if spec.proj_size else c), c
 
 
 def _options(x: Tensor, spec: Spec, dropout: float, training: bool) -> Options:

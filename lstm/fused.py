@@ -17,8 +17,8 @@ from gatematch.kernels.launch import HIDDEN_MULTIPLE
 from gatematch.ops import no_autocast
 from gatematch.torch_private import autograd_inside_op
 
-from .checks import State
 from .reference import lstm_reference, scatter_rows
+from .spec import State
 
 # has_biases, num_layers, dropout, train, bidirectional
 Options = tuple[bool, int, float, bool, bool]

@@ -21,6 +21,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from gatematch.checks import check_choice, check_kind
+
 GATES = "ifgo"
 # Each packed parameter, in torch's order, and how the names of its gates begin; W_hr is a whole name.
 PARAMETERS = {"weight_ih": "W_i", "weight_hh": "W_h", "bias_ih": "b_i", "bias_hh": "b_h", "weight_hr": "W_hr"}
@@ -101,23 +103,21 @@ def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], o
     ValueError for a pattern that matches no name or that matches a gate of a parametrised weight, which has
     no memory of its own to write to.
     """
-    if not isinstance(rules, Mapping):
-        raise TypeError(f"rules: expected a mapping from patterns, got {type(rules).__name__}")
+    check_kind("rules", rules, Mapping, "a mapping from patterns")
     for pattern, rule in rules.items():
-        if not callable(rule) and not isinstance(rule, Real):
-            raise TypeError(
-                f"rules: expected a number or a function for {pattern!r}, got {type(rule).__name__}"
-            )
+        check_kind(f"rules[{pattern!r}]", rule, (Real, Callable), "a number or a function")
     gates = named_gates(module)
     computed = _computed_gates(module)
     matches = {rule: [name for name in gates if fnmatchcase(name, rule)] for rule in rules}
     for pattern, names in matches.items():
         if not names:
-            raise ValueError(f"rules: {pattern!r} matches none of {', '.join(gates)}")
+            raise ValueError(
+                f"rules: expected patterns that match one of {', '.join(gates)}, got {pattern!r}"
+            )
         if lost := computed.intersection(names):
             raise ValueError(
-                f"rules: {pattern!r} matches {min(lost)}, which is computed by a parametrisation; "
-                "initialise the weight before parametrising it"
+                f"rules: expected patterns of parameters, got {pattern!r} for {min(lost)}, computed by a "
+                "parametrisation; initialise the weight before parametrising it"
             )
     with torch.no_grad():
         for pattern, rule in rules.items():
@@ -155,14 +155,14 @@ def init_preset_(module: Module, preset: str, generator: torch.Generator | None 
     without biases.
     """
     packed = packed_parameters(module)
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    check_choice("preset", preset, PRESETS)
     if computed := _computed_gates(module):
         raise ValueError(
-            f"module: {min(computed)} is computed by a parametrisation and cannot be initialised"
+            f"module: expected parameters, got {min(computed)}, computed by a parametrisation; "
+            "initialise the weight before parametrising it"
         )
     if preset == "tf1" and not any(name.startswith("bias") for name in packed):
-        raise ValueError("preset: 'tf1' adds 1 to the forget gate, and this module has no bias to hold it")
+        raise ValueError("module: expected biases for 'tf1', which adds 1 to the forget gate's, got none")
 
     hidden = len(next(iter(packed.values()))) // 4
     for name, tensor in packed.items():

@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gatematch.checks import check_kind, check_shape
+
 from .gates import PARAMETERS, packed_parameters
 
 NumpyArray: TypeAlias = np.ndarray[Any, Any]
@@ -108,7 +110,7 @@ def from_tf1(
         bidirectional: whether forward and backward cells alternate.
         forget_bias: what the cells add to the forget gate in every step; it becomes part of the bias.
     """
-    _check_forget_bias(forget_bias)
+    check_kind("forget_bias", forget_bias, Real, "a number")
     arrays = _tensors(weights)
     biases = [array for array in arrays if array.ndim == 1]
     names = ("kernel", "bias", "projection_kernel")[: 3 if len(arrays) == 3 * len(biases) else 2]
@@ -144,7 +146,7 @@ def to_tf1(source: Source, *, forget_bias: float = 1.0) -> list[NumpyArray]:
     Returns kernel (I + H, 4H) and bias (4H,) for every direction of every layer; with a projection
     kernel (I + P, 4H), bias (4H,) and projection_kernel (H, P).
     """
-    _check_forget_bias(forget_bias)
+    check_kind("forget_bias", forget_bias, Real, "a number")
     arrays = []
     for cell in _cells(source)[0]:
         kernel = torch.cat((cell.weight_ih, cell.weight_hh), 1)
@@ -214,14 +216,11 @@ def _tensors(weights: Sequence[Array]) -> list[Tensor]:
     return [_tensor(array) for array in weights]
 
 
-def _check_forget_bias(forget_bias: Any) -> None:
-    if not isinstance(forget_bias, Real):
-        raise TypeError(f"forget_bias: expected a number, got {type(forget_bias).__name__}")
-
-
 def _numpy(tensors: Sequence[Tensor]) -> list[NumpyArray]:
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
-        raise ValueError("source: NumPy has no bfloat16; convert to float32 first")
+        raise TypeError(
+            "source: expected a dtype that NumPy has, got torch.bfloat16; convert to float32 first"
+        )
     return [tensor.contiguous().cpu().numpy() for tensor in tensors]
 
 
@@ -236,7 +235,7 @@ def _two_biases(*bias: Tensor) -> tuple[Tensor, ...]:
 
 def _refuse_projection(cells: Sequence[_Cell], library: str) -> None:
     if cells[0].weight_hr is not None:
-        raise ValueError(f"source: {library}'s LSTM has no projection, and this one has (weight_hr)")
+        raise ValueError(f"source: expected no projection, as {library}'s LSTM has none, got weight_hr")
 
 
 def _input_size(cells: Sequence[_Cell], directions: int) -> int | None:
@@ -260,8 +259,7 @@ def _state_dict(cells: Sequence[_Cell], directions: int) -> dict[str, Tensor]:
 
 def _cells(source: Source) -> tuple[list[_Cell], int]:
     """The cells of a module or state_dict, by layer and direction, and the number of directions."""
-    if not isinstance(source, (nn.Module, Mapping)):
-        raise TypeError(f"source: expected a module or a state_dict, got {type(source).__name__}")
+    check_kind("source", source, (nn.Module, Mapping), "a module or a state_dict")
     state = packed_parameters(source) if isinstance(source, nn.Module) else source
     directions = ("", "_reverse") if "weight_ih_l0_reverse" in state else ("",)
     layers = sum(f"weight_ih_l{layer}" in state for layer in range(len(state)))
@@ -288,7 +286,7 @@ def _cells(source: Source) -> tuple[list[_Cell], int]:
             "weight_hr": (output, hidden),
         }
         for kind, tensor in found.items():
-            _check_shape(kind + suffix, tensor, shapes[kind])
+            check_shape(kind + suffix, tensor, shapes[kind])
         cells.append(_Cell(**found))
     return cells, len(directions)
 
@@ -303,18 +301,4 @@ def _check_group(
     group: Sequence[Tensor], names: Sequence[str], start: int, shapes: Sequence[Sequence[int | None]]
 ) -> None:
     for index, (array, name, shape) in enumerate(zip(group, names, shapes, strict=False), start):
-        _check_shape(f"weights[{index}] ({name})", array, shape)
-
-
-def _check_shape(name: str, array: Tensor, expected: Sequence[int | None]) -> None:
-    """Raise ValueError unless the array has the expected shape, in which None stands for any size."""
-
-    def fits(shape: Sequence[int]) -> bool:
-        pairs = zip(expected, shape, strict=False)
-        return len(shape) == len(expected) and all(want in (None, size) for want, size in pairs)
-
-    got = tuple(array.shape)
-    if not fits(got):
-        sizes = str(tuple(expected)).replace("None", "any")
-        hint = ": looks transposed" if len(got) > 1 and fits((*got[:-2], got[-1], got[-2])) else ""
-        raise ValueError(f"{name}: expected shape {sizes}, got {got}{hint}")
+        check_shape(f"weights[{index}] ({name})", array, shape)

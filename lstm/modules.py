@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .checks import Spec, State, check_bool, check_dropout, checked_impl
+from gatematch.checks import check_choice, check_kind
+
+from .checks import IMPLS, check_dropout
 from .functional import lstm_cell, run
+from .spec import Spec, State
 
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -67,11 +70,11 @@ class LSTM(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=2,
             )
-        check_bool("bias", bias)
-        check_bool("batch_first", batch_first)
+        _check_bool("bias", bias)
+        _check_bool("batch_first", batch_first)
         # torch takes a number here, and for the cell's bias, and people use it.
         bidirectional = bool(bidirectional) if isinstance(bidirectional, int) else bidirectional
-        check_bool("bidirectional", bidirectional)
+        _check_bool("bidirectional", bidirectional)
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
         _check_size("num_layers", num_layers)
@@ -82,7 +85,7 @@ class LSTM(nn.Module):
             )
         if proj_size >= hidden_size:
             raise ValueError(f"proj_size has to be smaller than hidden_size ({hidden_size}), got {proj_size}")
-        checked_impl(impl)
+        check_choice("impl", impl, IMPLS)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -189,8 +192,8 @@ class LSTMCell(nn.Module):
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
         bias = bool(bias) if isinstance(bias, int) else bias
-        check_bool("bias", bias)
-        checked_impl(impl)
+        _check_bool("bias", bias)
+        check_choice("impl", impl, IMPLS)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -238,8 +241,7 @@ def convert(module: nn.Module) -> nn.Module:
         TypeError: there is a subclass of torch.nn.LSTM or LSTMCell, or one with its own `forward`, whose
             behaviour would be lost. Nothing has been changed then.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    check_kind("module", module, nn.Module, "a torch.nn.Module")
     found = [
         (name, inner) for name, inner in module.named_modules() if isinstance(inner, (nn.LSTM, nn.LSTMCell))
     ]
@@ -289,6 +291,12 @@ def _spec(module: LSTM) -> Spec:
         bool(module.bidirectional),
         module.proj_size,
     )
+
+
+# The constructors speak as torch's do.
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
 def _check_int(name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from gatematch.ops import Grads, Op, no_autocast
 from gatematch.torch_private import bypasses_dispatcher
 
 from . import fused
-from .checks import Spec, State
+from .spec import Spec, State
 from .reference import drop, lstm_cell_reference
 
 Lengths = Tensor | None

@@ -225,7 +225,7 @@ def test_attention_pool_against_the_equation(normalize):
 def test_attention_pool_passes_its_path_on():
     with pytest.raises(ValueError, match="the kernels run on CUDA; got cpu"):
         attention_pool(q0, a0, 2, impl="triton")
-    with pytest.raises(ValueError, match='precision must be "float32" or "tf32"'):
+    with pytest.raises(ValueError, match="precision: expected one of 'float32', 'tf32'"):
         attention_pool(q0, a0, 2, precision="bf16")
     same = attention_pool(q0, a0, 2, impl="torch", precision="tf32")
     torch.testing.assert_close(same, attention_pool(q0, a0, 2))
@@ -253,7 +253,7 @@ def test_lengths_of_unsigned_types():
         whole = [n.long() for n in lengths]
         assert torch.equal(model(q, a, *lengths), model(q, a, *whole))
         assert torch.equal(attention_pool(q, a, 2, *lengths)[0], attention_pool(q, a, 2, *whole)[0])
-        with pytest.raises(ValueError, match="q_lengths must lie between 0 and Q = 5; got 6"):
+        with pytest.raises(ValueError, match="q_lengths: expected values from 0 to Q = 5, got 6"):
             model(q, a, torch.tensor([0, 6], dtype=unsigned))
 
 
@@ -433,9 +433,9 @@ def test_autocast_does_not_unite_float64_with_others():
         double = ABCNN(4, 5, dtype=torch.float64)
         assert double(q0.double(), a0.double()).isfinite().all()
         ABCNN(4, 5, dtype=torch.bfloat16)(q0, a0)
-        with pytest.raises(TypeError, match=r"the dtype of the weights, torch\.float32; got torch\.float64"):
+        with pytest.raises(TypeError, match=r"dtype torch\.float32 as the weights, got torch\.float64"):
             ABCNN(4, 5)(q0.double(), a0.double())
-        with pytest.raises(TypeError, match=r"the dtype of the weights, torch\.float64; got torch\.float32"):
+        with pytest.raises(TypeError, match=r"dtype torch\.float64 as the weights, got torch\.float32"):
             double(q0, a0)
 
 
@@ -466,75 +466,91 @@ ids = torch.zeros(2, 3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: ABCNN(0, 5), ValueError, "features must be at least 1; got 0"),
-        (lambda: ABCNN(4, 5.0), TypeError, "length must be an int; got float"),
-        (lambda: ABCNN(4, 5, channels=True), TypeError, "channels must be an int; got bool"),
-        (lambda: ABCNN(4, 5, width=0), ValueError, "width must be at least 1; got 0"),
-        (lambda: ABCNN(4, 5, blocks=0), ValueError, "blocks must be at least 1; got 0"),
-        (lambda: ABCNN(4, 5, classes=0), ValueError, "classes must be at least 1; got 0"),
-        (lambda: ABCNN(4, 5, kind="abcnn4"), ValueError, "kind must be one of bcnn, .*; got 'abcnn4'"),
-        (lambda: ABCNN(4, 5, variant="own"), ValueError, "variant must be one of official, paper; got 'own'"),
-        (lambda: ABCNN(4, 5, embedding=9), TypeError, r"embedding must be a torch\.nn\.Embedding; got int"),
+        (lambda: ABCNN(0, 5), ValueError, "features: expected at least 1, got 0"),
+        (lambda: ABCNN(4, 5.0), TypeError, "length: expected an int, got float"),
+        (lambda: ABCNN(4, 5, channels=True), TypeError, "channels: expected an int, got bool"),
+        (lambda: ABCNN(4, 5, width=0), ValueError, "width: expected at least 1, got 0"),
+        (lambda: ABCNN(4, 5, blocks=0), ValueError, "blocks: expected at least 1, got 0"),
+        (lambda: ABCNN(4, 5, classes=0), ValueError, "classes: expected at least 1, got 0"),
+        (lambda: ABCNN(4, 5, kind="abcnn4"), ValueError, "kind: expected one of 'bcnn', .*, got 'abcnn4'"),
+        (
+            lambda: ABCNN(4, 5, variant="own"),
+            ValueError,
+            "variant: expected one of 'official', 'paper', got 'own'",
+        ),
+        (lambda: ABCNN(4, 5, embedding=9), TypeError, r"embedding: expected a torch\.nn\.Embedding, got int"),
         (
             lambda: ABCNN(4, 5, embedding=nn.Embedding(9, 3)),
             ValueError,
-            "embedding must have the width of features, 4; got 3",
+            "embedding: expected features = 4 columns, got 3",
         ),
-        (lambda: ABCNN(4, 4)(q0, a0), ValueError, "a must have from 1 to length = 4 rows; got 5"),
-        (lambda: ABCNN(4, 5)(q0[:, :0], a0), ValueError, "q must have from 1 to length = 5 rows; got 0"),
-        (lambda: ABCNN(3, 5)(q0, a0), ValueError, "q must have features = 3 columns; got 4"),
-        (lambda: ABCNN(4, 5)(q0, a0[..., :3]), ValueError, "a must have the features of q, D = 4; got 3"),
-        (lambda: ABCNN(4, 5)(q0, a0[:1]), ValueError, "a must have the batch size of q, B = 2; got 1"),
-        (lambda: ABCNN(4, 5)(q0.tolist(), a0), TypeError, r"q must be a torch\.Tensor; got list"),
-        (lambda: ABCNN(4, 5)(ids, ids), TypeError, "q must be float64, float32, .*; got torch.int64"),
+        (lambda: ABCNN(4, 4)(q0, a0), ValueError, "a: expected from 1 to length = 4 rows, got 5"),
+        (lambda: ABCNN(4, 5)(q0[:, :0], a0), ValueError, "q: expected from 1 to length = 5 rows, got 0"),
+        (lambda: ABCNN(3, 5)(q0, a0), ValueError, "q: expected features = 3 columns, got shape"),
+        (
+            lambda: ABCNN(4, 5)(q0, a0[..., :3]),
+            ValueError,
+            r"a: expected shape \(2, any, 4\), got \(2, 5, 3\)",
+        ),
+        (lambda: ABCNN(4, 5)(q0, a0[:1]), ValueError, r"a: expected shape \(2, any, 4\), got \(1, 5, 4\)"),
+        (lambda: ABCNN(4, 5)(q0.tolist(), a0), TypeError, "q: expected a Tensor, got list"),
+        (lambda: ABCNN(4, 5)(ids, ids), TypeError, "q: expected dtype torch.float64, .*, got torch.int64"),
         (
             lambda: ABCNN(4, 5)(q0.double(), a0.double()),
             TypeError,
-            "q must have the dtype of the weights, torch.float32; got torch.float64",
+            "q: expected dtype torch.float32 as the weights, got torch.float64",
         ),
         (
             lambda: ABCNN(4, 5, device="meta")(q0, a0),
             ValueError,
-            "q must be on the device of the weights, meta",
+            "q: expected device meta as the weights, got cpu",
         ),
-        (lambda: ABCNN(4, 5)(q0, a0, torch.ones(3).long()), ValueError, r"q_lengths must have shape \(2,\)"),
+        (lambda: ABCNN(4, 5)(q0, a0, torch.ones(3).long()), ValueError, r"q_lengths: expected shape \(2,\)"),
         (
             lambda: ABCNN(4, 5)(q0, a0, a_lengths=torch.tensor([1, 6])),
             ValueError,
-            "a_lengths must lie between 0 and A = 5; got 6",
+            "a_lengths: expected values from 0 to A = 5, got 6",
         ),
         (
             lambda: by_id(q0, ids),
             TypeError,
-            "q must hold ids for the embedding, int32 or int64; got torch.float",
+            "q: expected dtype torch.int32 or torch.int64, got torch.float32",
         ),
-        (lambda: by_id(ids, ids.tolist()), TypeError, r"a must be a torch\.Tensor of ids; got list"),
-        (lambda: by_id(ids, ids[None]), ValueError, r"a must have shape \(B, A\) or \(A,\); got \(1, 2, 3\)"),
-        (lambda: by_id(ids, ids + 9), ValueError, "a must hold ids from 0 to 8, in padding too; got 9"),
-        (lambda: by_id(ids - 1, ids), ValueError, "q must hold ids from 0 to 8, in padding too; got -1"),
-        (lambda: by_id(ids.to("meta"), ids), ValueError, "q must be on the device of the embedding, cpu"),
+        (lambda: by_id(ids, ids.tolist()), TypeError, "a: expected a Tensor, got list"),
+        (lambda: by_id(ids, ids[None]), ValueError, r"a: expected shape \(B, A\) or \(A,\), got \(1, 2, 3\)"),
+        (
+            lambda: by_id(ids, ids + 9),
+            ValueError,
+            "a: expected values from 0 to num_embeddings - 1 = 8, got 9;",
+        ),
+        (lambda: by_id(ids - 1, ids), ValueError, "q: expected values from 0 to .* = 8, got -1; padding has"),
+        (lambda: by_id(ids.to("meta"), ids), ValueError, "q: expected device cpu as the embedding, got meta"),
         (
             lambda: ABCNN(4, 5, embedding=nn.Embedding(9, 4, dtype=torch.float64))(ids, ids),
             TypeError,
-            "embedding must have the dtype of the weights, torch.float32; got torch.float64",
+            "embedding: expected dtype torch.float32 as the weights, got torch.float64",
         ),
         (
             lambda: ABCNN(4, 5, embedding=nn.Embedding(9, 4), device="meta")(ids, ids),
             ValueError,
-            "embedding must be on the device of the weights, meta; got cpu",
+            "embedding: expected device meta as the weights, got cpu",
         ),
         (
             lambda: ABCNN(4, 5, dtype=torch.complex64),
             TypeError,
-            "dtype must be float64, .*got torch.complex64",
+            "dtype: expected dtype torch.float64, .*, got torch.complex64",
         ),
-        (lambda: ABCNN(4, 5, dtype=torch.int64), TypeError, "dtype must be float64, .*; got torch.int64"),
-        (lambda: by_id(ids, ids[:1]), ValueError, "a must have the batch size of q, B = 2; got 1"),
-        (lambda: attention_pool(q0, a0, 4), ValueError, "q must have at least width = 4 rows; got 3"),
-        (lambda: attention_pool(q0, a0, 0), ValueError, "width must be at least 1; got 0"),
-        (lambda: attention_pool(q0, a0, 2.0), TypeError, "width must be an int; got float"),
-        (lambda: attention_pool(q0, a0, 2, normalize=1), TypeError, "normalize must be a bool; got int"),
-        (lambda: attention_pool(q0, a0.double(), 2), TypeError, "a must have the dtype of q"),
+        (
+            lambda: ABCNN(4, 5, dtype=torch.int64),
+            TypeError,
+            "dtype: expected dtype torch.float64, .*, got torch.int64",
+        ),
+        (lambda: by_id(ids, ids[:1]), ValueError, r"a: expected shape \(2, any, 4\), got \(1, 3, 4\)"),
+        (lambda: attention_pool(q0, a0, 4), ValueError, "q: expected at least width = 4 rows, got 3"),
+        (lambda: attention_pool(q0, a0, 0), ValueError, "width: expected at least 1, got 0"),
+        (lambda: attention_pool(q0, a0, 2.0), TypeError, "width: expected an int, got float"),
+        (lambda: attention_pool(q0, a0, 2, normalize=1), TypeError, "normalize: expected a bool, got int"),
+        (lambda: attention_pool(q0, a0.double(), 2), TypeError, "a: expected dtype torch.float32 as q"),
     ],
 )
 def test_errors_name_the_argument(call, error, words):

@@ -1,0 +1,105 @@
+"""Checks of arguments. The sentence is "q: expected ..., got ...", and after "; " a hint where there is one.
+
+A wrong kind of thing and a wrong dtype are TypeErrors; a wrong shape, value or device is a ValueError.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .torch_private import assert_async, surroundings
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_kind(name: str, value: Any, kind: Any, expected: str = "", hint: str = "") -> None:
+    """`kind` is one type, or a tuple of them described by `expected`."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name}: expected {expected or f'a {kind.__name__}'}, got {type(value).__name__}{hint}"
+        )
+
+
+def check_int(name: str, value: Any, least: int, kind: type = int) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype] = FLOATING) -> None:
+    if dtype not in allowed:
+        *others, last = map(str, allowed)
+        raise TypeError(f"{name}: expected dtype {', '.join(others)} or {last}, got {dtype}")
+
+
+def check_alike(name: str, tensor: Tensor, like: str, other: Any, any_dtype: bool = False) -> None:
+    """Both must be on one device, and of one dtype unless `any_dtype`, for what autocast casts."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {like}, got {tensor.device}")
+    if tensor.dtype != other.dtype and not any_dtype:
+        raise TypeError(f"{name}: expected dtype {other.dtype} as {like}, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], hint: str = "") -> None:
+    """None in `shape` stands for any size."""
+    got = tuple(tensor.shape)
+    if not _fits(got, shape):
+        if len(got) == len(shape) and any(_fits(order, shape) for order in permutations(got)):
+            hint = "; it looks transposed"
+        expected = str(tuple(shape)).replace("None", "any")
+        raise ValueError(f"{name}: expected shape {expected}, got {got}{hint}")
+
+
+def _fits(got: Sequence[int], shape: Sequence[int | None]) -> bool:
+    pairs = zip(got, shape, strict=False)
+    return len(got) == len(shape) and all([want is None or size == want for size, want in pairs])
+
+
+def check_lengths(name: str, lengths: Any, like: str, x: Tensor, time: int = 1, size: str = "T") -> None:
+    """Integers (B,), from 0 to T, on the device of x or on the CPU; only for a batched x, with 3 dimensions.
+
+    Args:
+        like: what a message calls x.
+        time: the dimension of x, 0 or 1, that has T elements; the other one has B.
+        size: what a message calls T.
+    """
+    check_kind(name, lengths, Tensor)
+    if x.dim() == 2:
+        raise ValueError(f"{name}: expected None for an unbatched {like}, got {type(lengths).__name__}")
+    dtype = lengths.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        hint = "; of a mask, its sums over time" if lengths.dim() == 2 else ""
+        raise TypeError(f"{name}: expected an integer dtype, got {dtype}{hint}")
+    check_shape(name, lengths, (x.shape[1 - time],))
+    if not lengths.is_cpu and lengths.device != x.device:
+        either = "cpu" if x.is_cpu else f"{x.device} or cpu"
+        raise ValueError(f"{name}: expected device {either}, got {lengths.device}")
+    check_range(name, lengths, x.shape[time], size)
+
+
+def check_range(name: str, values: Tensor, most: int, size: str, hint: str = "") -> None:
+    """Integers must be from 0 to `most`, which a message calls `size`.
+
+    Only those on the CPU are read: for others the host would wait. GATEMATCH_DEBUG=1 asserts them on their
+    device. What is traced or batched has no values to read.
+    """
+    if surroundings() != "nothing" or values.numel() == 0:
+        return
+    values = values.long()  # torch does not order its wider unsigned integers
+    if values.is_cpu:
+        low, high = map(int, values.aminmax())
+        if low < 0 or high > most:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name}: expected values from 0 to {size} = {most}, got {wrong}{hint}")
+    elif os.environ.get("GATEMATCH_DEBUG") == "1":
+        assert_async(((values >= 0) & (values <= most)).all())
