@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from gatematch.attention import pairwise_sums
-from gatematch.bench import cases, check, pairwise_problems, problems, speed
+from gatematch.bench import cases, check, pairwise_problems, plots, problems, speed
 from gatematch.bench.__main__ import app
 from gatematch.bench.markdown import markdown
 from gatematch.bench.overview import overview
@@ -260,8 +260,10 @@ def test_tables_of_examples_have_equally_many_decimals_where_these_are_a_choice(
 
 def test_every_peer_has_a_color(rows, tmp_path):
     names = [f"peer {n}" for n in range(8)]
-    for row in rows:
-        row["peers"] = {name: {"status": "timed", "ratio": 1.5} for name in names[:7]}
+    for k, row in enumerate(rows):
+        row["peers"] = {name: {"status": "timed", "ratio": 1.5 + k} for name in names[:7]}
+    dots = plots._speed(rows)["speed"].axes[0].collections
+    assert [dot.get_offsets().tolist() for dot in dots] == [[[1.5 + k, k] for k in range(len(rows))]] * 7
     write_results(tmp_path / "speed.json", {}, rows)
     assert [path.name for path in draw(tmp_path / "speed.json", tmp_path)] == ["speed.svg", "speed.png"]
     assert set(names[:7]) < set(texts(tmp_path / "speed.svg"))

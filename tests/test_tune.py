@@ -168,7 +168,7 @@ def test_every_entry_is_timed_on_what_its_kernel_serves(arch):
         assert tune.compiled_sample(sample).device == "cpu"
 
 
-def test_wrong_and_failing_candidates_cost_infinity():
+def test_wrong_failing_and_spilling_candidates_cost_infinity():
     def launches(sample):
         def call():
             warps = config.choose("toy", "sm_90", sample.dtype, {}).num_warps
@@ -178,11 +178,18 @@ def test_wrong_and_failing_candidates_cost_infinity():
 
         return call
 
+    def spills(call):
+        return call(), int(config.choose("toy", "sm_90", torch.float32, {}).num_stages == 2)
+
     sample = Sample(torch.float32, {}, 0)
-    with mock.patch.dict(LAUNCHES, {"toy": launches}), mock.patch.object(tune, "do_bench", return_value=0.5):
+    with (
+        mock.patch.dict(LAUNCHES, {"toy": launches}),
+        mock.patch.object(tune, "do_bench", return_value=0.5),
+        mock.patch.object(tune, "_spills", spills),
+    ):
         cost = tune.milliseconds("toy", sample, START)
-        warps = {candidate.num_warps: cost(candidate) for candidate in tune.neighbours(START)}
-    assert warps == {4: 0.5, 2: math.inf, 8: math.inf}
+        costs = {(tile.num_warps, tile.num_stages): cost(tile) for tile in tune.neighbours(START)}
+    assert costs == {(4, 1): 0.5, (2, 1): math.inf, (8, 1): math.inf, (4, 2): math.inf}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
