@@ -19,8 +19,8 @@ from gatematch.ops import Grads, Op, no_autocast
 from gatematch.torch_private import bypasses_dispatcher
 
 from . import fused
-from .spec import Spec, State
 from .reference import drop, lstm_cell_reference
+from .spec import Spec, State
 
 Lengths = Tensor | None
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]

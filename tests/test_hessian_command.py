@@ -216,5 +216,3 @@ def test_the_picture_of_the_lstm_shows_its_matrix_with_every_gate_named(quick: N
     assert [label.get_text() for label in ax.get_yticklabels()] == gates
     for place, rows_of in zip(ax.get_yticks(), command.gate_blocks(lstm).values(), strict=True):
         assert rows_of.start <= place < rows_of.stop
-
-

@@ -669,8 +669,8 @@ TABLES["kernels"] = {
 
 
 class Raises(NamedTuple):
-    """What a transform may raise, in which columns, from which version of torch on, and what torch before 2.13
-    may say instead."""
+    """What a transform may raise, in which columns, from which version of torch on, and what torch before
+    2.13 may say instead."""
 
     error: type[Exception]
     sentence: str
@@ -699,15 +699,14 @@ FOOTNOTES = {
     "d": Raises(
         torch._dynamo.exc.Unsupported, "Unsupported functorch tracing attempt", ("`torch.func` around",)
     ),
-    "e": Raises(RuntimeError, "no autograd formula was registered", ("`export`, `backward`",)),
+    "e": Raises(
+        torch._dynamo.exc.Unsupported, "Attempted to wrap a dual tensor input", ("dual numbers",), (2, 14)
+    ),
     "h": Raises(
         NotImplementedError, "an op of gatematch has no forward-mode derivative", ("`export`, `jvp`",)
     ),
     "f": Raises(ValueError, "cannot serve this call", ("`jvp`", "`jacfwd`", "forward AD")),
     "g": Raises(torch._dynamo.exc.Unsupported, "cannot serve this call", ("`torch.func` inside",)),
-    "i": Raises(
-        torch._dynamo.exc.Unsupported, "Attempted to wrap a dual tensor input", ("dual numbers",), (2, 14)
-    ),
 }
 
 
