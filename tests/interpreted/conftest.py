@@ -12,9 +12,10 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreted import bounds, honest
+    from interpreted import bounds, honest, quick
 
     honest.install()
+    quick.install()
 
     @pytest.fixture(autouse=True)
     def _watched() -> Iterator[None]:

@@ -49,7 +49,7 @@ def rounded_to_tf32(x: Array) -> Array:
 
 
 def is_bfloat16(handle: Any) -> bool:
-    return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
+    return isinstance(handle, TensorHandle) and handle.dtype.scalar.name == tl.bfloat16.name
 
 
 def widened(handle: Any) -> Any:
