@@ -10,7 +10,7 @@ PIP_ARGS ?=
 # More options of the command, as in: make bench ARGS=--resume
 ARGS ?=
 
-.PHONY: help bench speed check kernels test test-all slow newest lint docs docs-check gpu clean
+.PHONY: help bench speed check kernels test test-all slow fresh newest lint docs docs-check gpu clean
 
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
@@ -60,17 +60,26 @@ kernels: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench kernels --json $(OUT)/kernels.json $(ARGS)
 
 # Two processes of one thread each, since most tests wait for one thread of a compiler or of an interpreter; one
-# that is done takes over from the other, since a few tests take minutes.
+# that is done takes over from the other. Triton's interpreter is chosen for a whole process.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+define tests
+	$(PYTEST) -m "$(1) and not gpu and not site" --ignore tests/test_kernels_interpreted.py
+	TRITON_INTERPRET=1 $(PYTEST) -m "$(1)" tests/interpreted
+endef
 
 test: $(VENV)/for-test
-	$(PYTEST) -m "not slow and not gpu and not site"
+	$(call tests,not slow and not fresh)
 
-test-all: $(VENV)/for-test
-	$(PYTEST) -m "not gpu and not site"
+test-all: test slow fresh
 
 slow: $(VENV)/for-test
-	$(PYTEST) -m "slow and not gpu and not site"
+	$(call tests,slow)
+
+# The contracts of kernels and CPU paths on sizes and data that no run has had before.
+fresh: export GATEMATCH_TEST_SEED := fresh
+fresh: $(VENV)/for-test
+	$(PYTEST) -m fresh tests/test_fresh.py
+	TRITON_INTERPRET=1 $(PYTEST) -m fresh tests/interpreted/test_fresh.py
 
 newest: $(VENV)/for-test
 	rm -rf $(VENV)/newest

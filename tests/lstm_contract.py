@@ -44,34 +44,32 @@ def of_torch(model, x, hx, lengths, upstream):
 
 def check_layer(
     T, B, I, H, dtype, *, impl, N=2, L=1, P=0, bias=True, with_lengths=True, upstream=("y", "h_n", "c_n"),
-    batch_first=False, device="cpu",
+    batch_first=False, device="cpu", draws=1,
 ):  # fmt: skip
     """Every result and gradient: at most twice torch.nn.LSTM's error and a rounding of the largest value, or
     4 ulp of that.
 
     With a gradient of the cell states, which torch.nn.LSTM does not return, 8 ulp. Few numbers, or sums that
     may cancel, are exact by chance, in ours or in torch's, and now and then off by many times what is usual:
-    there the root mean squares of several draws and of both directions are compared, and of more draws where
-    ours are behind. In float32 dx is one library product, of 4·H·N terms, and may be off by twice what such a
+    where ours are behind, others are drawn, and their root mean squares compared, of both directions
+    together. In float32 dx is one library product, of 4·H·N terms, and may be off by twice what such a
     product is by itself: some CPUs' libraries add up one number after the other.
     """
-    ours, theirs, sizes, wrong = defaultdict(list), defaultdict(list), Counter(), set()
-    few = 8 if B > 3 else 16
-    for draws in (few if H < 16 else 4 if B == 1 else 1, 8):
-        peers = []
-        for _ in range(draws):
-            got, want, peer = draw(
-                T, B, I, H, dtype, impl, N, L, P, bias, with_lengths, upstream, batch_first, device
-            )
+    for number in (draws, 16):
+        drawn = [
+            draw(T, B, I, H, dtype, impl, N, L, P, bias, with_lengths, upstream, batch_first, device)
+            for _ in range(number)
+        ]
+        ours, theirs, sizes = defaultdict(list), defaultdict(list), Counter()
+        for got, want, _ in drawn:
             for name, value in got.items():
                 assert value.dtype == dtype and value.shape == want[name].shape, name
                 kind = name.removesuffix("_reverse")
                 ours[kind].append(largest_error(value, want[name]))
                 sizes[kind] = max(sizes[kind], float(want[name].detach().abs().max()))
-            peers.append((peer, want))
-        wrong |= exceeded(ours, sizes, dtype, upstream)
+        wrong = exceeded(ours, sizes, dtype, upstream)
         if wrong and "c" not in upstream:
-            for peer, want in peers:
+            for _, want, peer in drawn:
                 for name, value in peer().items():
                     if value is not None:
                         theirs[name.removesuffix("_reverse")].append(largest_error(value, want[name]))
@@ -89,6 +87,17 @@ def check_layer(
         if not behind or "c" in upstream:
             break
     assert not behind, behind
+
+
+def check_any_layer(dtype, impl, rng, most=64):
+    """Four draws of a layer of any kind, with up to `most` hidden units."""
+    H = rng.randint(1, rng.choice((20, most)))
+    check_layer(
+        T=rng.randint(1, 6), B=rng.randint(1, rng.choice((4, 40))), I=rng.randint(1, 9), H=H, dtype=dtype,
+        impl=impl, N=rng.randint(1, 2), L=rng.choice((1, 1, 2)), P=rng.choice((0, 0, rng.randint(1, H) % H)),
+        bias=rng.random() < 0.7, with_lengths=rng.random() < 0.7, batch_first=rng.random() < 0.3,
+        upstream=rng.choice((("y", "h_n", "c_n"), ("y",), ("h_n", "c_n"))), draws=4,
+    )  # fmt: skip
 
 
 def root_mean_square(errors):

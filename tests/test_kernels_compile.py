@@ -1,6 +1,7 @@
 """Every kernel in every shipped configuration, compiled for GPUs that this machine need not have."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from unittest import mock
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from gatematch.bench.__main__ import app  # noqa: E402
 from gatematch.bench.kernels import ARCHITECTURES, faults, kernel_rows, run_kernels  # noqa: E402
-from gatematch.bench.launches import LAUNCHES, Sample, entries, samples  # noqa: E402
+from gatematch.bench.launches import LAUNCHES, Sample, entries, samples, served  # noqa: E402
 from gatematch.bench.results import read_results  # noqa: E402
 from gatematch.kernels import config, pairwise_prepare  # noqa: E402
 from gatematch.kernels.config import Config  # noqa: E402
@@ -32,6 +33,16 @@ def listed(kernel, arch, dtype):
     ]
 
 
+def launches(kernel, arch, dtype, quick):
+    """Every configuration on one sample; on all of them the first and the last, if there is time."""
+    found = list(entries([arch], f"^{kernel}/{arch}/{dtype}$"))
+    for entry in found[:1] if arch.startswith("gfx") else found:  # AMD's are reported only
+        some = quick or arch.startswith("gfx") or entry not in (found[0], found[-1])
+        served_ones = (x for x in samples(kernel, entry.dtype, entry.shape) if served(kernel, arch, x))
+        for sample in itertools.islice(served_ones, 1 if some else None):
+            yield kernel, arch, sample, entry.tile
+
+
 def shipped_dtypes():
     for arch in ARCHITECTURES:
         for kernel in LAUNCHES:
@@ -42,15 +53,15 @@ def shipped_dtypes():
                 twin = kernel.startswith("lstm_") and dtype == "float16"
                 if twin and listed(kernel, arch, "float16") == listed(kernel, arch, "bfloat16"):
                     continue
+                yield pytest.param(kernel, arch, dtype, False, marks=pytest.mark.slow)
                 # Recurrent kernels have one for each hidden size: test_lstm_compile.py has the quick ones.
-                quick = arch == "sm_90" and dtype == "float32" and not kernel.startswith("lstm_")
-                slow = () if quick else pytest.mark.slow
-                yield pytest.param(kernel, arch, dtype, marks=slow)
+                if arch == "sm_90" and dtype == "float32" and not kernel.startswith("lstm_"):
+                    yield kernel, arch, dtype, True
 
 
-@pytest.mark.parametrize(("kernel", "arch", "dtype"), list(shipped_dtypes()))
-def test_shipped_configurations(kernel, arch, dtype, record_property):
-    rows = run_kernels([arch], f"^{kernel}/{arch}/{dtype}$")
+@pytest.mark.parametrize(("kernel", "arch", "dtype", "quick"), list(shipped_dtypes()))
+def test_shipped_configurations(kernel, arch, dtype, quick, record_property):
+    rows = [row for launch in launches(kernel, arch, dtype, quick) for row in kernel_rows(*launch)]
     record_property("spills", {row["case"]: row["spills"] for row in rows})
     assert {row["kernel"] for row in rows} == {kernel}
     if triton.__version__ != GATED:

@@ -1,6 +1,7 @@
 """Tests of kernels in Triton's interpreter, which is chosen before Triton is imported: for the whole process.
 
-tests/test_kernels_interpreted.py runs them; to run one by hand: TRITON_INTERPRET=1 pytest tests/interpreted
+`make test` runs them so: TRITON_INTERPRET=1 pytest tests/interpreted. `pytest tests` does by
+tests/test_kernels_interpreted.py.
 Every test has honest arithmetic, every lane inside its tensors, and NaN in what is not written yet.
 """
 
@@ -29,12 +30,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
         yield
         rnn.fp32_precision = before
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-        """Every n-th of the tests that -m leaves, from the k-th on, where GATEMATCH_TEST_PART is k/n."""
-        part, parts = map(int, os.environ.get("GATEMATCH_TEST_PART", "0/1").split("/"))
-        items[:] = items[part::parts]
 
 else:
     collect_ignore_glob = ["test_*.py"]

@@ -1,8 +1,8 @@
 """Triton's interpreter without what it does again for every operation and every call of a device function.
 
-After `install` kernels take less than half the time, and compute what they did. One check goes: that integers
-do not overflow, which needs larger tensors than the interpreter could ever be given. A reduction by a function
-of one's own combines halves, as a GPU does, where the interpreter goes from number to number.
+After `install` kernels compute what they did, in about a third of the time. One check goes: that integers do
+not overflow, which takes larger tensors than can be interpreted. A reduction by a function of one's own
+combines halves, as a GPU does, where the interpreter goes from number to number.
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ def test_gradients_that_come_from_some_results_only(kernel, with_lengths, upstre
         {"T": 1},
         {"T": 1, "with_lengths": False},
         {"B": 1},
+        {"B": 35, "T": 2},  # three blocks of rows
         {"P": 5, "dtype": torch.bfloat16},
         {"P": 5, "dtype": torch.float16, "L": 2},
     ],
@@ -330,7 +331,7 @@ def test_every_way_to_cut_the_work(units, rows, chunk, resident, H):
     tile = config.Config(blocks, num_warps=8, num_stages=1)
     kernels = ("lstm_persistent_fwd", "lstm_persistent_bwd")
     with launched_with(kernels[0], tile), launched_with(kernels[1], tile), cooperative(seed=1):
-        check_layer(2, 35, 3, H, torch.float32, impl="persistent")
+        check_layer(2, rows + 3, 3, H, torch.float32, impl="persistent")
 
 
 def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
@@ -478,6 +479,19 @@ def test_compiled():
 def test_the_rule(hidden, dtype, kernel):
     layer = layers.Layer(hidden, dtype, "float32", torch.device("cpu"))
     assert layers.select(layer, False) == kernel
+
+
+@pytest.mark.parametrize(
+    ("arch", "half", "tf32", "exact"),
+    [("sm_80", 128, 64, 32), ("sm_86", 64, 64, 32), ("sm_90", 128, 64, 64), ("gfx942", 64, 32, 32)],
+)
+def test_the_largest_layers_that_resident_serves(arch, half, tf32, exact):
+    def largest(dtype, precision):
+        return max(H for H in range(16, 257, 16) if lstm_resident.serves(H, dtype, precision, arch))
+
+    assert largest(torch.float16, "float32") == largest(torch.bfloat16, "float32") == half
+    assert largest(torch.float32, "tf32") == tf32
+    assert largest(torch.float32, "float32") == exact
 
 
 def test_resident_serves_on_where_persistent_cannot(monkeypatch):
@@ -639,8 +653,16 @@ def test_second_derivatives_are_exact_under_autocast():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("resident", [0, 64, 128])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "resident"),
+    [
+        (torch.float32, 0),
+        (torch.float32, 64),
+        (torch.float32, 128),
+        (torch.float16, 64),
+        (torch.bfloat16, 128),
+    ],
+)
 def test_weights_that_do_not_fit_are_read_again(dtype, resident, monkeypatch):
     """Some columns of W stay, chunk by chunk, one of them ahead of the product; the others are streamed."""
     choose = config.choose
@@ -655,7 +677,7 @@ def test_weights_that_do_not_fit_are_read_again(dtype, resident, monkeypatch):
 
     monkeypatch.setattr(config, "choose", small)
     with cooperative(seed=random.randrange(1000)):
-        check_layer(3, 5, 4, 175, dtype, impl="persistent")
+        check_layer(2, 5, 4, 175, dtype, impl="persistent")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

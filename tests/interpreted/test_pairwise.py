@@ -122,11 +122,12 @@ def test_equal_rows_score_exactly_one(dtype):
     assert (S.diagonal(dim1=1, dim2=2) == 1).all()
 
 
-@pytest.mark.parametrize("normalize", [None, "rows"])
 @pytest.mark.parametrize("with_lengths", [False, True])
 @pytest.mark.parametrize("D", [7, 50, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_streamed_products(dtype, D, with_lengths, normalize):
+def test_streamed_products(dtype, D, with_lengths):
+    """Every dtype with every D, with lengths and without, normalised and not."""
+    normalize = "rows" if with_lengths == (D == 50) else None
     q, a = rows_at_distances(D, dtype)
     v = torch.randn(2, a.shape[1], 65).to(dtype)
     lengths = (None, None)
@@ -168,7 +169,7 @@ def layouts(draw, letter):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_shape_stride_and_length(data):
     sizes = {"B": 3, "Q": 70, "A": 70, "D": 40, "V": 9}
     B, Q, A, D, V = (data.draw(st.integers(1, largest), letter) for letter, largest in sizes.items())
@@ -220,8 +221,7 @@ def test_one_length_for_all(letters):
     assert torch.equal(got, pairwise_attention(q, a, **{letters: shared.clone()}, impl="triton"))
 
 
-@pytest.mark.parametrize("with_lengths", [False, True])
-@pytest.mark.parametrize("D", [7, 50])
+@pytest.mark.parametrize(("D", "with_lengths"), [(7, False), (50, True)])
 def test_programs_that_walk_many_tiles(D, with_lengths, monkeypatch):
     monkeypatch.setattr(pairwise_stream, "_wanted", lambda device: 1)
     words = torch.randn(40, D)
