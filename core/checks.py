@@ -24,7 +24,7 @@ def check_kind(name: str, value: Any, kind: Any, expected: str = "", hint: str =
         )
 
 
-def check_int(name: str, value: Any, least: int, kind: type = int) -> None:
+def check_int(name: str, value: Any, least: int, kind: Any = int) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least:
@@ -53,7 +53,7 @@ def check_alike(name: str, tensor: Tensor, like: str, other: Any, any_dtype: boo
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], hint: str = "") -> None:
     """None in `shape` stands for any size."""
     got = tuple(tensor.shape)
-    if not _fits(got, shape):
+    if got != shape and not _fits(got, shape):
         if len(got) == len(shape) and any(_fits(order, shape) for order in permutations(got)):
             hint = "; it looks transposed"
         expected = str(tuple(shape)).replace("None", "any")

@@ -12,9 +12,9 @@ The functions are pure. `from_*` takes a flat list of arrays or tensors, layer a
 layer forward before reverse; it returns new tensors under the names of `torch.nn.LSTM`'s state_dict,
 for `load_state_dict`. (An `LSTMCell` has the same names without the suffix `_l0`.) `to_*` takes an
 LSTM, an LSTMCell, torch's or ours, or such a dict, and returns the flat list as NumPy arrays. The dtype
-is kept, except that NumPy has no bfloat16, so exporting that raises. Where the other side has one bias,
-export gives the sum of our two, and import sets the second to zero; without biases in the list there are
-none in the dict.
+is kept, except that NumPy has no bfloat16, so exporting that raises TypeError. Where the other side has one
+bias, export gives the sum of our two, and import sets the second to zero; without biases in the list there
+are none in the dict.
 
 An array of the wrong shape raises ValueError with its name, the shape expected and the shape got; a
 `weights` or `source` that is none of the above raises TypeError. All assume the usual activations: sigmoid

@@ -119,6 +119,16 @@ def test_lengths_are_on_the_device_of_what_they_belong_to_or_on_the_cpu() -> Non
         check_lengths("n", other, "x", rows)
 
 
+def test_lengths_on_a_device_are_asserted_there_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asserted: list[Tensor] = []
+    monkeypatch.setattr(checks, "assert_async", asserted.append)
+    on_device = torch.tensor([0, 3], device="meta")
+    for value, calls in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("GATEMATCH_DEBUG", value)
+        check_lengths("n", on_device, "x", x.to("meta"))
+        assert [condition.is_meta for condition in asserted] == [True] * calls
+
+
 def test_ops_get_lengths_from_the_cpu_on_the_device_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device stands in for a GPU: ops give shapes there, and torch refuses a second device."""
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.is_meta))
