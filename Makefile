@@ -19,7 +19,7 @@ help:
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
 	@echo "make kernels   what each kernel compiles to, per architecture: registers, spills, tensor-core instructions"
-	@echo "make newest    the kernels compiled with the newest Triton, beside the one in constraints.txt"
+	@echo "make newest    the tests with the newest torch and Triton, in an environment of their own"
 	@echo "make lint      ruff, mypy on the installed package, and whether the sdist is complete"
 	@echo "make docs      the documentation as a site in $(OUT)/site; make docs-check opens its pages in Chromium"
 	@echo "make gpu       all that only a GPU can show, stage by stage, and nothing from a network: needs torch,"
@@ -60,31 +60,38 @@ kernels: $(VENV)/for-bench
 	$(RUN) -m gatematch.bench kernels --json $(OUT)/kernels.json $(ARGS)
 
 # Two processes of one thread each, since most tests wait for one thread of a compiler or of an interpreter; one
-# that is done takes over from the other. Triton's interpreter is chosen for a whole process.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+# that is done takes over from the other. Triton's interpreter is chosen for a whole process, so the kernels'
+# tests in it are a second run. Arguments: a Python, which marks, and more options.
+PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n 2 --dist worksteal
 define tests
-	$(PYTEST) -m "$(1) and not gpu and not site" --ignore tests/test_kernels_interpreted.py
-	TRITON_INTERPRET=1 $(PYTEST) -m "$(1)" tests/interpreted
+	$(PYTEST) -m "$(2) and not gpu and not site" --ignore tests/test_kernels_interpreted.py $(3)
+	TRITON_INTERPRET=1 $(PYTEST) -m "$(2)" tests/interpreted $(3)
 endef
 
 test: $(VENV)/for-test
-	$(call tests,not slow and not fresh)
+	$(call tests,$(RUN),not slow and not fresh)
+
+slow: $(VENV)/for-test
+	$(call tests,$(RUN),slow)
+
+# The contracts of kernels and CPU paths, on sizes and data that no run has had before.
+fresh: export GATEMATCH_TEST_SEED := fresh
+fresh: $(VENV)/for-test
+	$(call tests,$(RUN),fresh)
 
 test-all: test slow fresh
 
-slow: $(VENV)/for-test
-	$(call tests,slow)
-
-# The contracts of kernels and CPU paths on sizes and data that no run has had before.
-fresh: export GATEMATCH_TEST_SEED := fresh
-fresh: $(VENV)/for-test
-	$(PYTEST) -m fresh tests/test_fresh.py
-	TRITON_INTERPRET=1 $(PYTEST) -m fresh tests/interpreted/test_fresh.py
-
-newest: $(VENV)/for-test
-	rm -rf $(VENV)/newest
-	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(VENV)/newest triton
-	PYTHONPATH=$(VENV)/newest $(RUN) -m pytest -rs -m "not slow" tests/test_kernels_compile.py
+# Torch's bound on Triton does not count here, and neither does this package's own.
+NEWEST := $(VENV)/newest/bin/python
+UPGRADE := $(NEWEST) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --upgrade
+newest:
+	rm -rf build
+	test -x $(NEWEST) || $(PYTHON) -m venv $(VENV)/newest
+	$(UPGRADE) ".[bench,test]"
+	$(UPGRADE) torch
+	$(UPGRADE) --no-deps triton
+	$(NEWEST) -c 'import torch, triton; print("torch", torch.__version__, "and Triton", triton.__version__)'
+	$(call tests,$(NEWEST),not slow and not fresh,$(ARGS))
 
 lint: $(VENV)/for-test
 	$(VENV)/bin/ruff check .
