@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gatematch.kernels.launch import obstacle
 
+from .checks import check_choice
+
 # By what surrounds a call: who computes it where the kernels are asked for and can, and who otherwise.
 #   triton      the op, by the kernels
 #   torch       the op, by torch's own operations
@@ -41,9 +43,8 @@ def who_computes(
     Raises:
         ValueError: `impl` is unknown, or asks for kernels that cannot serve the call.
     """
-    if impl not in ("auto", "torch", "triton") and impl not in named:
-        names = ", ".join(map(repr, ("auto", "torch", "triton", *named)))
-        raise ValueError(f"impl: expected one of {names}, got {impl!r}")
+    if impl not in ("auto", "torch", "triton"):
+        check_choice("impl", impl, ("auto", "torch", "triton", *named))
     kernels, otherwise = TABLE[around]
     if impl == "torch" or (impl == "auto" and not x.is_cuda):
         return otherwise
@@ -53,5 +54,7 @@ def who_computes(
     if reason is None and kernels is not None:
         return kernels
     if impl != "auto":
-        raise ValueError(f"impl: {impl!r} cannot serve this call: {reason}; use 'auto' or 'torch'")
+        raise ValueError(
+            f"impl: expected 'auto' or 'torch', got {impl!r}; it cannot serve this call: {reason}"
+        )
     return otherwise

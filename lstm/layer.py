@@ -109,8 +109,8 @@ def launch(impl: str, layer: Layer, backward: bool, *args: Any, **options: Any) 
         if not backward:
             H, dtype, precision, device = layer
             raise ValueError(
-                f"impl: {impl!r} cannot serve hidden_size {H} in {dtype} ({precision}) on {device}; "
-                "use 'triton'"
+                f"impl: expected 'triton', got {impl!r}; it cannot serve hidden_size {H} in {dtype} "
+                f"({precision}) on {device}"
             )
         named = False
     kernel = impl if named else select(layer, backward, (layer, backward) in _refused)

@@ -34,7 +34,6 @@ OTHERS = [
     r"proj_size has to be smaller than hidden_size \(X\), got X",
     "X should be of type (bool|int), got: X",
     "X must be greater than zero, got X",
-    "impl: X cannot serve .+; use .+",
 ]
 
 

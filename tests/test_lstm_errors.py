@@ -87,7 +87,8 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "impl-triton": (
         lambda: LSTM(I, H, impl="triton")(x),
-        "impl: 'triton' cannot serve this call: the kernels run on CUDA; got cpu; use 'auto' or 'torch'",
+        "impl: expected 'auto' or 'torch', got 'triton'; it cannot serve this call: "
+        "the kernels run on CUDA; got cpu",
     ),
     "impl-unknown": (
         lambda: lstm(x, params, impl="fast"),
@@ -99,7 +100,8 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "impl-cell": (
         lambda: lstm_cell(x[0], None, *weights, impl="triton"),
-        "impl: 'triton' cannot serve this call: the kernels run on CUDA; got cpu; use 'auto' or 'torch'",
+        "impl: expected 'auto' or 'torch', got 'triton'; it cannot serve this call: "
+        "the kernels run on CUDA; got cpu",
     ),
     "dropout": (
         lambda: lstm(x, params, dropout=1.5),

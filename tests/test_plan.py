@@ -45,7 +45,10 @@ def test_who_computes(around, on_cuda, otherwise, asked, monkeypatch):
         if asked == "triton":
             assert plan.who_computes(CPU, impl, around, NAMED, ("step",)) == "triton"
         else:
-            with pytest.raises(ValueError, match=f"impl: '{impl}' cannot serve this call: .*{asked}"):
+            with pytest.raises(
+                ValueError,
+                match=f"impl: expected 'auto' or 'torch', got '{impl}'; it cannot serve this call: .*{asked}",
+            ):
                 plan.who_computes(CPU, impl, around, NAMED, ("step",))
 
 
@@ -53,13 +56,16 @@ def test_who_computes(around, on_cuda, otherwise, asked, monkeypatch):
 def test_tensors_that_the_kernels_cannot_take(around, monkeypatch):
     monkeypatch.setattr(plan, "obstacle", lambda x: "there is no kernel")
     assert plan.who_computes(CUDA, "auto", around) == plan.TABLE[around][1]
-    with pytest.raises(ValueError, match="impl: 'triton' cannot serve this call: there is no kernel; use"):
+    with pytest.raises(
+        ValueError,
+        match="impl: expected 'auto' or 'torch', got 'triton'; it cannot serve this call: there is no kernel",
+    ):
         plan.who_computes(CUDA, "triton", around)
 
 
 def test_a_kernel_that_is_not_for_this_kind_of_call(monkeypatch):
     monkeypatch.setattr(plan, "obstacle", lambda x: None)
-    with pytest.raises(ValueError, match=r"impl: 'resident' cannot .* the kernels for it are step; use"):
+    with pytest.raises(ValueError, match=r"got 'resident'; it cannot .* the kernels for it are step"):
         plan.who_computes(CUDA, "resident", "nothing", NAMED, ("step",))
     with pytest.raises(ValueError, match=r"impl: expected one of 'auto', .*, 'step', got 'cuda'"):
         plan.who_computes(CUDA, "cuda", "nothing", NAMED)

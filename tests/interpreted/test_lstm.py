@@ -535,16 +535,26 @@ def test_errors_that_are_not_about_the_launch_are_not_hidden(monkeypatch):
 
 
 def test_a_named_kernel_that_cannot_serve_says_so():
-    with pytest.raises(ValueError, match=r"impl: 'resident' cannot serve hidden_size 304 in torch\.float32"):
+    with pytest.raises(
+        ValueError,
+        match=r"got 'resident'; it cannot serve hidden_size 304 in torch\.float32",
+    ):
         LSTM(3, 300, impl="resident")(torch.randn(2, 3, 3))
     x = torch.randn(2, 3, 3)
-    with pytest.raises(ValueError, match=r"impl: 'triton' cannot serve this call: .* no forward-mode deriv"):
+    with pytest.raises(
+        ValueError,
+        match=r"got 'triton'; it cannot serve this call: .* no forward-mode deriv",
+    ):
         torch.func.jvp(LSTM(3, 16, impl="triton"), (x,), (x,))
     with pytest.raises(
-        ValueError, match="impl: 'resident' cannot serve this call: the kernels for it are step"
+        ValueError,
+        match="got 'resident'; it cannot serve this call: the kernels for it are step",
     ):
         LSTMCell(3, 16, impl="resident")(torch.randn(2, 3))
-    with pytest.raises(ValueError, match="impl: 'step' cannot serve this call: the kernels take float32"):
+    with pytest.raises(
+        ValueError,
+        match="got 'step'; it cannot serve this call: the kernels take float32",
+    ):
         LSTM(3, 16, dtype=torch.float64, impl="step")(torch.randn(2, 3, 3, dtype=torch.float64))
 
 
