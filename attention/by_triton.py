@@ -15,11 +15,7 @@ from gatematch.ops import Grads
 
 Lengths = Tensor | None
 
-
-def attention(
-    q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, precision: str, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return pairwise.attention_forward(q, a, q_lengths, a_lengths, precision=precision, save=save)
+attention = pairwise.attention_forward
 
 
 def attention_backward(

@@ -231,7 +231,6 @@ def attention_forward(
     a: Tensor,
     q_lengths: Tensor | None,
     a_lengths: Tensor | None,
-    *,
     precision: str = "float32",
     save: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -168,7 +168,10 @@ def run(
         batch_first = False
         x = x.unsqueeze(1)
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    path = _path(x, impl)
+    around = surroundings()
+    path = who_computes(x, impl, around, KERNELS, KERNELS)
+    if path == "triton" and x.numel() == 0:  # there is nothing to launch
+        path = TABLE[around][1]
     time = 1 if batch_first else 0
     if path == "triton" and x.shape[time] == 1 and lengths is None and not (return_cells or unbatched):
         single = ops.single_step(x, weights, spec, hx, time, impl)
@@ -221,7 +224,7 @@ def _run_packed(
     elif sorted_indices is not None:
         hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
 
-    path = _path(data, impl)
+    path = who_computes(data, impl, surroundings(), KERNELS, KERNELS)
     if path != "eager" or return_cells:
         valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
         index = valid.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
@@ -238,14 +241,6 @@ def _run_packed(
         h_n, c_n = h_n.index_select(1, unsorted_indices), c_n.index_select(1, unsorted_indices)
     packed = [PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices) for out in outputs]
     return packed[0], (h_n, c_n), *packed[1:]
-
-
-def _path(x: Tensor, impl: str) -> str:
-    """Who computes the layers, see plan.py."""
-    around = surroundings()
-    path = who_computes(x, impl, around, KERNELS, KERNELS)
-    # There is nothing to launch for an empty batch.
-    return TABLE[around][1] if path == "triton" and x.numel() == 0 else path
 
 
 def _as_fused(
