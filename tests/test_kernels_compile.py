@@ -129,7 +129,7 @@ def test_only_products_of_full_precision_do_without_tensor_cores(precision, prod
 
 
 def test_spills_and_too_much_shared_memory_are_faults():
-    row = toy_row(64, "tf32", warps=1)
+    row = toy_row(64, "tf32x3", warps=2)
     assert row["spills"] > 0
     assert "spills" in faults(row)[0]
     row = {**row, "spills": 0, "stack_bytes": 0, "shared_bytes": 228 * 1024, "tensor_core_instructions": 0}
