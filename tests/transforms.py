@@ -669,8 +669,10 @@ TABLES["kernels"] = {
 
 
 class Raises(NamedTuple):
-    """What a transform may raise, in which columns, from which version of torch on, and what torch before
-    2.13 may say instead."""
+    """What a transform may raise, in which columns, and from which version of torch on.
+
+    `before` is what torch before 2.13 may say instead.
+    """
 
     error: type[Exception]
     sentence: str
