@@ -15,7 +15,7 @@ ARGS ?=
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
 	@echo "make test      the tests (under 10 minutes on 2 cores)"
-	@echo "make test-all  with the slow ones; make slow: those alone"
+	@echo "make test-all  with the slow ones (make slow) and those of a fresh seed (make fresh)"
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
 	@echo "make kernels   what each kernel compiles to, per architecture: registers, spills, tensor-core instructions"
@@ -28,7 +28,9 @@ help:
 # Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
 # into the wheel.
 PACKAGES := core kernels lstm attention curvature bench
-SOURCES := pyproject.toml constraints.txt $(shell find $(PACKAGES) -name '*.py' -o -name py.typed -o -path '*/configs/*.json')
+# Folders too: what is deleted or renamed changes them alone.
+SOURCES := pyproject.toml constraints.txt $(shell find $(PACKAGES) \( -type d -a ! -name __pycache__ \) \
+	-o -name '*.py' -o -name py.typed -o -path '*/configs/*.json')
 comma := ,
 define install
 	rm -rf build

@@ -1,6 +1,6 @@
 """What the ops of `ops.py` compute with PyTorch's own operations, tile by tile: any device, any dtype.
 
-Nothing is kept for a backward pass but what would have to be summed again. Every function takes the
+The backward pass computes everything again but reductions, which are saved. Every function takes the
 arguments of its op; `precision` is the kernels' and means nothing here.
 """
 

@@ -1,8 +1,7 @@
-"""Autograd for calls of the tiled path that nothing but autograd looks into: what most calls on a CPU are.
+"""The fast way for calls without transform or compiler, the usual case on a CPU: autograd around the tiles.
 
-The ops of `ops.py` would do, but a small call is much faster without them, and so is the backward pass of S,
-which here reads the distances from S and keeps the near pairs. Higher derivatives and batched gradients are
-those of the ops.
+Small calls are much faster without the custom ops. So is the backward pass of S, which reads the distances
+from S and uses the saved near pairs. Higher derivatives and batched gradients are those of the ops.
 """
 
 from __future__ import annotations

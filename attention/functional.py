@@ -1,7 +1,7 @@
-"""Pairwise attention as functions: check the arguments, choose the path.
+"""Pairwise attention as functions: check the arguments, choose who computes the call.
 
-On CUDA that is the kernels, elsewhere `tiled.py`; float64 is for `tiled.py` everywhere. Where forward-mode
-derivatives may be taken, and wherever what is compiled is under ``torch.func``, it is `reference.py`.
+The kernels compute it on CUDA, `tiled.py` elsewhere and in float64. Forward mode, and ``torch.func`` inside
+torch.compile, use `reference.py`.
 
 ``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` (Yin et al., "ABCNN", TACL 2016). Shapes: q (B, Q, D),
 a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one unbatched pair of sentences.

@@ -1,7 +1,7 @@
 """Pairwise attention as ops ``torch.ops.gatematch.pairwise_*``, opaque to torch.compile.
 
 `impl` says who computes: "torch" (by_torch.py) on any device and in any dtype, or "triton" (by_triton.py).
-gatematch/ops.py makes derivatives and vmap from what is declared here.
+core/ops.py makes derivatives and vmap from what is declared here.
 
 Shapes: q (B, Q, D), a (B, A, D), v (B, A, V), S (B, Q, A), lengths (B,). What an op leaves out is empty.
 """

@@ -1,8 +1,7 @@
 """Compiling ahead, in many processes, what a command will call on a GPU.
 
-One after the other the kernels and torch.compile's peers would take longer than all the rest. So processes
-take turns at the parts of the work and do each once; what that leaves in Triton's and Inductor's caches on
-disk is found by the one process that does it all and keeps the results.
+One after the other, compilations would take longer than all the rest. So processes share the cases and call
+each once, which fills Triton's and Inductor's caches on disk; the process that measures reads those.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ functions and launched as they are, in two variants:
     exchange   each program also stores its piece of h before, and after it loads the pieces of all and adds
                them up, which stands for the product that needs them
 
-The launch itself cancels: a step takes what twice the steps take longer than the steps, divided by the steps.
+The time of a step is (t(2n) - t(n)) / n for n steps, in which the launch cancels.
 No grid has more programs than the GPU has multiprocessors, so all of them run at once.
 """
 

@@ -4,8 +4,8 @@
     kernels         what they watch: every kernel on small odd shapes
     planted TOOL    the error that a tool is for
 
-memcheck looks for accesses outside of an allocation, racecheck for races in shared memory. What they do not
-report counts only if they see errors at all: each must first report the planted one.
+memcheck looks for accesses outside of an allocation, racecheck for races in shared memory. A run
+without reports counts only if the tool has first reported the planted error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results as Markdown tables, but for those of `speed` (speed_report.py) and `answers`.
+"""Formats results as Markdown tables; speed_report.py does `speed`, markdown.py `answers`.
 
 What a command prints is the table that `gatematch-bench table` makes of its results file.
 """

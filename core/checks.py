@@ -1,6 +1,6 @@
 """Checks of arguments. The sentence is "q: expected ..., got ...", and after "; " a hint where there is one.
 
-A wrong kind of thing and a wrong dtype are TypeErrors; a wrong shape, value or device is a ValueError.
+A wrong type or dtype raises TypeError; a wrong shape, value or device raises ValueError.
 """
 
 import os

@@ -3,7 +3,7 @@
 An op is a pair of `torch.autograd.Function`s, forward and backward, around a pair of custom ops. The first
 derivative is the backward op's. The second is that of the plain torch reference, computed only when it is
 asked for (`second_derivative`). Under vmap the samples become rows of one larger batch (`vmapped`). What is
-compiled or exported takes the custom op with its registered autograd, which has the first derivative alone.
+compiled or exported takes the custom op with its registered autograd, which leads to the same backward pass.
 
 Forward-mode derivatives take the reference from the start (see plan.py): inside an op tangents would be
 lost, and with a jvp rule of its own an autograd.Function gives zeros, without an error, for the jvp of a
@@ -31,7 +31,10 @@ _LEVEL = 1
 
 
 class _Flat:
-    """The names of some arguments. One may be a list of tensors, whose elements a Function takes last."""
+    """Argument names, and conversion between nested arguments and the flat ones of a Function.
+
+    One argument may be a list of tensors, whose elements a Function takes last.
+    """
 
     def __init__(self, names: Iterable[str], listed: str | None) -> None:
         names = list(names)
@@ -60,8 +63,8 @@ class Op:
     """A differentiable op, `torch.ops.gatematch.NAME`.
 
     Parameters are matched by their names. An argument or output that the backward pass needs is a parameter
-    of `backward` under the same name; `g_NAME` is the gradient of the result NAME, None for zeros. The
-    outputs that are no results are what `forward` saves for it.
+    of `backward` under the same name; `g_NAME` is the gradient of the result NAME, None for zeros. Outputs
+    after the results are what `forward` saves for the backward pass.
 
     Args:
         name: of the op, in the namespace `gatematch`.
@@ -69,14 +72,15 @@ class Op:
             returns an empty tensor for it. A last parameter `save: bool`, if there is one, says whether
             there may be a backward pass.
         fake: the same for fake tensors.
-        backward: from what it needs and, last, `wanted: list[bool]` to the gradients of `wrt`. Those that are
-            not wanted may be anything.
+        backward: from what it needs and, last, `wanted: list[bool]` to the gradients of `wrt`. Entries
+            that are not wanted are ignored.
         reference: from arguments to the results, in plain torch, differentiable as often as one likes.
-        outputs: their names; the first `results` of them are results.
+        outputs: the names of all outputs. The first `results` are returned to the caller, the others are only
+            saved.
         wrt: the arguments that can be differentiated. A list of tensors, if there is one, comes last.
         batch: the batch dimension of each argument and output that has one.
-        spared: from the arguments that are no tensors, by name, to the outputs that the backward pass of such
-            a call does not read. They are not kept, and it gets empty tensors.
+        spared: takes the arguments that are no tensors, by name, and returns the names of outputs that the
+            backward pass of such a call does not read. They are not saved; it gets empty tensors for them.
         products: from a tensor to the context in which the second derivative is computed.
 
     Annotations of `forward` and `backward` must be types, not strings: they give the custom ops' schemas.
@@ -157,12 +161,12 @@ class Op:
         return compute(*args, *[False] * self.saves)
 
     def _register_autograd(self) -> None:
-        """The first derivative for what is compiled or exported; it cannot be differentiated again."""
+        """The derivative of what is compiled or exported."""
 
         def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-            *args, saved = inputs if self.saves else (*inputs, True)
+            *args, save = inputs if self.saves else (*inputs, True)
             self.Forward.setup_context(ctx, tuple(self.given.flat(args)), output)
-            ctx.complete = saved or set(self.outputs[self.results :]) <= set(ctx.spared)
+            ctx.complete = save or set(self.outputs[self.results :]) <= set(ctx.spared)
 
         def backward(ctx: Any, *grads: Tensor | None) -> Grads:
             if not ctx.complete:
@@ -227,8 +231,8 @@ def _functions(op: Op) -> tuple[type[Function], type[Function]]:
         def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
             ctx.set_materialize_grads(False)  # what is saved may be as large as the results
             ctx.left_out = [y.shape == (0,) for y in output[: op.results]]
-            results = zip(ctx.left_out, output, strict=False)
-            ctx.mark_non_differentiable(*[y for out, y in results if out], *output[op.results :])
+            left_out = [y for out, y in zip(ctx.left_out, output, strict=False) if out]
+            ctx.mark_non_differentiable(*left_out, *output[op.results :])
             ctx.statics = [inputs[k] for k in static]
             ctx.spared = op.spared(**dict(zip(statics, ctx.statics, strict=True)))
             saved = [None if n in ctx.spared else output[k] for n, k in zip(outputs, kept[1], strict=True)]
@@ -335,7 +339,7 @@ def only(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> Grads:
 
 
 def batched(args: Iterable[Any]) -> bool:
-    """Whether ``autograd.grad(is_grads_batched=True)`` brings any of these."""
+    """Whether any of these is batched by ``autograd.grad(is_grads_batched=True)``."""
     return not torch.compiler.is_compiling() and any(
         [isinstance(x, Tensor) and torch_private.is_legacy_batched(x) for x in args]
     )
@@ -354,7 +358,7 @@ def map_batched(function: Callable[..., Sequence[Tensor]], args: Sequence[Any]) 
 
 
 def followed(*upstream: Tensor | None) -> bool:
-    """Whether a backward pass is itself differentiated, or batched: for all that is given, or upstream.
+    """Whether a backward pass is itself differentiated, or one of `upstream` is batched.
 
     Where it is differentiated the Function of the backward op takes over. It has no forward-mode derivative
     and raises; the op would give zeros.
@@ -456,7 +460,7 @@ def vmapped(
                 B = max(B, x.shape[batch + 1])
                 x = x.flatten(batch, batch + 1)
             else:
-                x = x[0]
+                x = x[0] if samples else x.new_empty(0)
             x = x.contiguous()
         rows.append(x)
     outputs: list[Tensor] = []

@@ -1,4 +1,7 @@
-"""Who computes a call: one table for both halves. What is chosen inside the op, by sizes, is in each half."""
+"""Chooses the implementation of a call (kernels, torch's operations or the reference) from one table.
+
+Both halves use it. Which of several kernels computes a layer, by sizes, is chosen inside the op.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from gatematch.kernels.launch import obstacle
 
 from .checks import check_choice
 
-# By what surrounds a call: who computes it where the kernels are asked for and can, and who otherwise.
+# What surrounds the call: (who computes it if the kernels are wanted and can serve it, who else).
 #   triton      the op, by the kernels
 #   torch       the op, by torch's own operations
 #   eager       torch's own operations without any op

@@ -1,6 +1,6 @@
-"""The precision of float32 products by the library, which torch has only as switches of the whole process.
+"""Sets the precision of torch's float32 products, which torch offers only as flags of the whole process.
 
-While a switch is set, it holds for the products of all other threads on that device too.
+While a flag is set, it also holds for products of other threads on that device.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ disable_dynamo = torch._disable_dynamo
 
 
 def surroundings() -> str:
-    """What looks into this call, as the table in plan.py names it."""
+    """What surrounds this call: a key of the table in plan.py."""
     dual = (
         forward_ad._current_level >= 0
     )  # torch.autograd.forward_ad has no question for the level that is open

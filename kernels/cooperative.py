@@ -1,5 +1,7 @@
-"""Programs of one launch that run all at once, wait for each other and multiply what all have stored by
-weights that stay, for lstm_persistent.py."""
+"""Grid barrier and product of cooperative launches, for lstm_persistent.py.
+
+Each program keeps its weights on the chip and multiplies what all programs have stored by them.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 

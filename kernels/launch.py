@@ -1,7 +1,7 @@
 """How tensors are laid out for the kernels, and how many programs they take.
 
 Lengths and strides are never specialised on. Strides go in divided by a power of two that divides all of
-them, which is compiled in, so that loads are as wide as the layout allows: there are at most four such
+them, which is compiled in, so that loads are as wide as the layout allows: a kernel has at most four such
 variants.
 """
 

@@ -1,4 +1,4 @@
-"""Rows as tensor cores multiply them, prepared once for all tiles of pairwise_tiles.py.
+"""Splits rows into parts that tensor cores multiply, once for all tiles of pairwise_tiles.py.
 
     x_i - centre = scale_i (high_i + low_i + what is lost)        high, low in float16, scale_i a power of two
     squares_i = ||x_i - centre||²

@@ -1,4 +1,4 @@
-"""The LSTM for PyTorch: functions, modules named as torch.nn's, and what converts to and from them."""
+"""The LSTM for PyTorch: functions, modules named as torch.nn's, and weight converters."""
 
 from .functional import lstm, lstm_cell
 from .gates import init_gates_, init_preset_, named_gates

@@ -1,7 +1,6 @@
 """What a call of the LSTM must look like.
 
-`fits` and `cell_fits` are the quick tests that every call passes through. Only a call that they do not
-recognise as plain is looked at closely.
+`fits` and `cell_fits` are quick tests of every call. A call that fails them goes through the full checks.
 """
 
 from collections.abc import Sequence

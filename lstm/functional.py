@@ -1,9 +1,9 @@
 """The LSTM as functions: check the call, choose who computes it.
 
-On every device, `impl="torch"` is PyTorch's own fused op (oneDNN, cuDNN or its native loop) where that can
-give what was asked. Under `torch.func` and torch.compile that is an op of ours, with the fused op inside;
-`reference.py` gives the cell states of every step, and what forward mode needs. `impl="triton"` is the
-kernels, and `impl="auto"` is the kernels on CUDA, where they can serve the call, and "torch" elsewhere.
+`impl="torch"` uses torch's fused LSTM (oneDNN, cuDNN or its native loop) if it supports what was asked for.
+Under `torch.func` and torch.compile a custom op wraps the fused LSTM. `reference.py` serves `return_cells`
+and forward mode. `impl="triton"` uses the kernels. `impl="auto"` uses the kernels on CUDA where they can
+serve the call, and is "torch" elsewhere.
 """
 
 from collections.abc import Mapping

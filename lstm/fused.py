@@ -1,4 +1,4 @@
-"""torch's own fused op: with lengths, by packing; and one layer by it for the ops of ops.py.
+"""Runs torch's fused LSTM, packing the batch when there are lengths, and runs single layers for ops.py.
 
 Shapes: x (T, B, I), h_0 (N, B, P or H), c_0 (N, B, H), y (T, B, N·P or N·H), cells (N, T, B, H) with H
 filled up as in layer.py; N directions.

@@ -1,4 +1,4 @@
-"""A layer of the LSTM by the kernels, forward and backward, without autograd.
+"""Runs a layer of the LSTM on the Triton kernels, forward and backward; ops.py has its autograd.
 
 The kernels compute the recurrence; what does not depend on it is one library product over all steps:
 
@@ -16,18 +16,18 @@ added to the first step, and y = m W_hrᵀ is one product over all steps.
 
 **Which kernel** computes a layer, by `select`:
 
-    resident     H up to 64, what fits one multiprocessor: nobody waits for others
-    persistent   beyond: W_hh is spread over the chip, one wait of all for all in every step
+    resident     H up to 64: W_hh fits one multiprocessor, and programs do not synchronise
+    persistent   beyond: W_hh is spread over the chip, with one grid barrier a step
     resident     H up to 128 in 16 bits, where persistent cannot serve
-    step         whatever neither can serve, one launch a step: any H, and where another could not be launched
+    step         otherwise, for any H, and where another could not be launched: one launch a step
 
 On an H200 both take about as long forward at H 64, and resident less backward; at H 128 persistent takes
-less forward. As long as the programs of persistent fit the chip they read less than step, which reads all of
-W_hh in every step.
+less forward. While W_hh fits the chip, persistent reads less memory than step, which reads all of W_hh in
+every step.
 
 Shapes: x (T, B, I), h_0 (N, B, P or H), c_0 (N, B, H), y (T, B, N·P or N·H), z, gates and dz (N, T, B, 4H),
-cells (N, T, B, H) in float32, m (T, B, N·H); N directions. H is the filled-up one in what is not returned to
-the caller.
+cells (N, T, B, H) in float32, m (T, B, N·H); N directions.
+Inside, H is filled up.
 """
 
 import contextlib

@@ -1,10 +1,8 @@
-"""A layer of the LSTM, and a step of the cell, as PyTorch ops ``torch.ops.gatematch.lstm_*``; all layers by
-them.
+"""The LSTM's layer and cell step as PyTorch ops ``torch.ops.gatematch.lstm_*``, and the stack of layers.
 
-torch.compile does not look into them. A layer with `impl` "torch" is torch's own fused op, on any device; all
-else are the kernels, on CUDA, or on the CPU where Triton interprets them. gatematch/ops.py makes
-derivatives and vmap from what is declared here. layer.py says what is computed, and the shapes; fused.py
-where `impl` is "torch".
+torch.compile does not look into the ops. `impl="torch"` runs torch's fused LSTM on any device; every other
+`impl` runs the kernels, on CUDA, or on the CPU where Triton interprets them. core/ops.py makes derivatives
+and vmap from what is declared here. Equations and shapes: layer.py for the kernels, fused.py for "torch".
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What an LSTM is: its sizes, and with them the names and shapes of its parameters in torch's order."""
+"""The configuration of an LSTM: its sizes, and its parameters' names and shapes in torch's order."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

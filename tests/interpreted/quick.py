@@ -1,8 +1,8 @@
 """Triton's interpreter without what it does again for every operation and every call of a device function.
 
-After `install` kernels compute what they did, in about a third of the time. One check goes: that integers do
-not overflow, which takes larger tensors than can be interpreted. A reduction by a function of one's own
-combines halves, as a GPU does, where the interpreter goes from number to number.
+After `install` kernels compute what they did, in about a third of the time. One check of the interpreter is
+off: that integers do not overflow. A reduction by a function of one's own combines halves, as a GPU does,
+where the interpreter goes from number to number.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def install() -> None:
 
 def once(patch: Callable[..., Any]) -> Callable[..., Any]:
     """triton.language is made the interpreter's for each module of kernels once, and stays so."""
-    patched = set()
+    patched: dict[int, Any] = {}  # by identity, and kept, so that none gets the identity of another
     unchanged = interpreter._LangPatchScope()
 
     def patch_lang(function: Callable[..., Any]) -> Any:
         module = id(function.__globals__)
         if module not in patched:
             patch(function)
-            patched.add(module)
+            patched[module] = function.__globals__
         return unchanged
 
     return patch_lang

@@ -42,6 +42,29 @@ def total(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), 0))
 
 
+@triton.jit
+def larger(x, y):
+    return tl.where(x > y, x, y)
+
+
+@triton.jit
+def reduce(x_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr, KEEP: tl.constexpr):
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    found = tl.reduce(tl.load(x_ptr + at), AXIS, larger, keep_dims=KEEP)
+    if KEEP:
+        found = tl.sum(found, AXIS)
+    tl.store(out_ptr + tl.arange(0, N if AXIS == 0 else M), found)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_reduction_by_a_function_is_torchs(axis, keep):
+    x = torch.randn(8, 4)
+    out = torch.empty(x.shape[1 - axis])
+    reduce[(1,)](x, out, M=8, N=4, AXIS=axis, KEEP=keep)
+    assert torch.equal(out, x.amax(axis))
+
+
 def test_accesses_inside_pass():
     x = torch.arange(30.0)
     y = torch.empty(10)
