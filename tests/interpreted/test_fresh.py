@@ -22,7 +22,7 @@ def rng(request):
     return random.Random(f"{torch.initial_seed()} {request.node.name}")
 
 
-@pytest.mark.parametrize("case", range(2))
+@pytest.mark.parametrize("case", range(3))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_layers(kernel, dtype, case, rng):
