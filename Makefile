@@ -28,9 +28,9 @@ help:
 # Installed, not editable: what runs is what a user gets. A stale build folder would put deleted modules
 # into the wheel.
 PACKAGES := core kernels lstm attention curvature bench
-# Folders too: what is deleted or renamed changes them alone.
-SOURCES := pyproject.toml constraints.txt $(shell find $(PACKAGES) \( -type d -a ! -name __pycache__ \) \
-	-o -name '*.py' -o -name py.typed -o -path '*/configs/*.json')
+# Folders too: what is deleted or renamed changes them alone. Their `/.` tells them from targets of that name.
+SOURCES := pyproject.toml constraints.txt $(addsuffix /.,$(shell find $(PACKAGES) -type d ! -name __pycache__)) \
+	$(shell find $(PACKAGES) -name '*.py' -o -name py.typed -o -path '*/configs/*.json')
 comma := ,
 define install
 	rm -rf build

@@ -48,7 +48,7 @@ from gatematch.kernels.launch import HIDDEN_MULTIPLE
 from gatematch.kernels.recurrence import processors
 from gatematch.precision import library_products
 
-from .checks import KERNELS
+from .spec import KERNELS
 
 _log = logging.getLogger("gatematch")
 
@@ -88,11 +88,11 @@ def serves(kernel: str, layer: Layer, backward: bool) -> bool:
 
 def select(layer: Layer, backward: bool, refused: bool = False) -> str:
     """The kernel by the rule above; `refused` says that what it gives could not be launched."""
+    if refused:
+        return "step"
     kernels: tuple[str, ...] = ("resident", "persistent")
     if layer.hidden_size > _RESIDENT:
         kernels = kernels[::-1]
-    if refused:
-        return "step"
     return next((kernel for kernel in kernels if serves(kernel, layer, backward)), "step")
 
 

@@ -15,9 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gatematch.checks import check_choice, check_kind
 
-from .checks import IMPLS, check_dropout
-from .functional import lstm_cell, run
-from .spec import Spec, State
+from .functional import check_dropout, lstm_cell, run
+from .spec import IMPLS, Spec, State
 
 _CELL_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 

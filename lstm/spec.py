@@ -9,6 +9,9 @@ from torch.nn.utils.rnn import PackedSequence
 from gatematch.checks import check_kind
 
 State = tuple[Tensor, Tensor]
+# What `impl` may name.
+KERNELS = ("resident", "persistent", "step")
+IMPLS = ("auto", "torch", "triton", *KERNELS)
 
 
 class Spec(NamedTuple):
