@@ -399,7 +399,7 @@ def test_what_the_kernels_do_not_serve():
     def function(q):
         return pairwise_attention(q, a, impl="triton").sum()
 
-    with pytest.raises(ValueError, match="the kernels have no forward-mode derivative; use"):
+    with pytest.raises(ValueError, match="the kernels have no forward-mode derivative"):
         torch.func.jvp(function, (q,), (q,))
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"know nothing of torch\.func inside of what is compiled; use"):
