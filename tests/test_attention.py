@@ -164,6 +164,19 @@ def test_odd_sizes_and_several_tiles(B, Q, A, D):
         torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_passes_no_gradient_whatever_comes_back():
+    """Infinite where S is 0: from the logarithm of S, and from rows that are divided by a sum of nothing."""
+    lengths = torch.tensor([3, 2]), torch.tensor([0, 3])
+    q, a, v = (torch.randn(2, n, 9, requires_grad=True) for n in (3, 4, 4))
+    O = pairwise_attend(q, a, v, "rows", q_lengths=lengths[0], a_lengths=lengths[1])
+    want = pairwise_attend_reference(q, a, v, *lengths, "rows")
+    grads, true = (torch.autograd.grad(y.square().sum(), (q, a, v)) for y in (O, want))
+    torch.testing.assert_close(grads, true)
+    low = q.detach().bfloat16().requires_grad_()
+    (grad,) = torch.autograd.grad(pairwise_attention(low, a.bfloat16(), *lengths).log().sum(), low)
+    assert grad.isfinite().all() and grad[1, :2].any() and not grad[0].any() and not grad[1, 2:].any()
+
+
 def test_many_tiles_of_small_sentences_and_of_long_rows(monkeypatch):
     monkeypatch.setattr(blocks_module, "TILE", 256)
     monkeypatch.setattr(blocks_module, "SIDE", 16)
@@ -174,6 +187,8 @@ def test_many_tiles_of_small_sentences_and_of_long_rows(monkeypatch):
         v, g = torch.randn(B, A, 4), torch.randn(B, Q, 4)
         S = pairwise_attention(q, a)
         assert (S.double() - exact(q, a)).abs().max() < 1e-6
+        r, c = pairwise_sums(q, a)
+        torch.testing.assert_close((r, c), (S.sum(2), S.sum(1)))
         G = torch.randn_like(S)
         assert_gradients_exact(q, a, G, gradients(pairwise_attention, (q, a), G))
         double = q.double(), a.double(), v.double()
