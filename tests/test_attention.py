@@ -172,8 +172,10 @@ def test_many_tiles_of_small_sentences_and_of_long_rows(monkeypatch):
         q, a = words[torch.randint(0, 30, (B, Q))], words[torch.randint(0, 30, (B, A))]
         q = q + 1e-3 * torch.randn_like(q) * torch.randint(0, 2, (B, Q, 1))  # equal pairs and near ones
         v, g = torch.randn(B, A, 4), torch.randn(B, Q, 4)
-        S = pairwise_attention(q, a)
-        assert (S.double() - exact(q, a)).abs().max() < 1e-6
+        S, want = pairwise_attention(q, a), exact(q, a)
+        assert (S.double() - want).abs().max() < 1e-6
+        r, c = pairwise_sums(q, a)
+        torch.testing.assert_close((r.double(), c.double()), (want.sum(2), want.sum(1)), rtol=1e-5, atol=1e-5)
         G = torch.randn_like(S)
         assert_gradients_exact(q, a, G, gradients(pairwise_attention, (q, a), G))
         double = q.double(), a.double(), v.double()

@@ -40,13 +40,16 @@ def listed(kernel, arch, dtype):
 
 
 def launches(kernel, arch, dtype, quick):
-    """Every configuration on one sample; on all of them the first and the last, if there is time."""
-    found = list(entries([arch], f"^{kernel}/{arch}/{dtype}$"))
-    for entry in found[:1] if arch.startswith("gfx") else found:  # AMD's are reported only
-        some = quick or arch.startswith("gfx") or entry not in (found[0], found[-1])
-        served_ones = (x for x in samples(kernel, entry.dtype, entry.shape) if served(kernel, arch, x))
-        for sample in itertools.islice(served_ones, 1 if some else None):
+    """Every configuration on one sample, and the first on all of them; of AMD's, only reported, the first."""
+    amd = arch.startswith("gfx")
+    for n, entry in enumerate(entries([arch], f"^{kernel}/{arch}/{dtype}$")):
+        chosen = (
+            sample for sample in samples(kernel, entry.dtype, entry.shape) if served(kernel, arch, sample)
+        )
+        for sample in itertools.islice(chosen, 1 if quick or amd or n else None):
             yield kernel, arch, sample, entry.tile
+        if amd:
+            break
 
 
 def shipped_dtypes():
