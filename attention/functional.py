@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gatematch.checks import check_alike, check_choice, check_dtype, check_kind, check_lengths, check_shape
+from gatematch.checks import (
+    FLOATING,
+    check_alike,
+    check_choice,
+    check_dtype,
+    check_kind,
+    check_lengths,
+    check_shape,
+)
 from gatematch.plan import who_computes
 from gatematch.torch_private import surroundings
 
@@ -175,25 +183,29 @@ def check_pair(
     q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None
 ) -> tuple[bool, Tensor | None, Tensor | None]:
     """Raise for anything wrong; whether q and a are unbatched, and the lengths on their device."""
-    check_kind("q", q, Tensor)
-    check_kind("a", a, Tensor)
+    if not (isinstance(q, Tensor) and isinstance(a, Tensor)):
+        check_kind("q", q, Tensor)
+        check_kind("a", a, Tensor)
     if not (q.is_cpu or q.is_cuda):
         raise ValueError(f"q: expected device cpu or cuda, got {q.device}")
-    check_dtype("q", q.dtype)
-    check_alike("a", a, "q", q)
-    if q.dim() not in (2, 3):
-        raise ValueError(f"q: expected shape (B, Q, D) or (Q, D), got {tuple(q.shape)}")
-    if q.shape[-1] == 0:
-        raise ValueError(f"q: expected at least one feature, got shape {tuple(q.shape)}")
-    if a.dim() != q.dim() or a.shape[-1] != q.shape[-1] or a.shape[:-2] != q.shape[:-2]:
-        transposed = a.dim() == q.dim() and a.shape[-1] == q.shape[-2]
-        expected = (*q.shape[:-2], None, q.shape[-1])
+    dtype, shape, other = q.dtype, q.shape, a.shape
+    if dtype not in FLOATING or a.dtype != dtype or a.device != q.device:
+        check_dtype("q", dtype)
+        check_alike("a", a, "q", q)
+    rank = len(shape)
+    if rank not in (2, 3):
+        raise ValueError(f"q: expected shape (B, Q, D) or (Q, D), got {tuple(shape)}")
+    if shape[-1] == 0:
+        raise ValueError(f"q: expected at least one feature, got shape {tuple(shape)}")
+    if len(other) != rank or other[-1] != shape[-1] or (rank == 3 and other[0] != shape[0]):
+        transposed = len(other) == rank and other[-1] == shape[-2]
+        expected = (*shape[:-2], None, shape[-1])
         check_shape("a", a, expected, "; q looks transposed" if transposed else "")
     if q_lengths is not None:
         q_lengths = _lengths(q_lengths, "q", q)
     if a_lengths is not None:
         a_lengths = _lengths(a_lengths, "a", a)
-    return q.dim() == 2, q_lengths, a_lengths
+    return rank == 2, q_lengths, a_lengths
 
 
 def _lengths(lengths: Tensor, like: str, rows: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class Op:
         self.needed = _Flat(needed.parameters, listed)
         self.tensors = {n for n, p in taken.parameters.items() if p.annotation in (Tensor, Tensor | None)}
         self.wrt = tuple(n for n in wrt if n != listed)
+        self.wrt_places = tuple(self.given.fixed.index(n) for n in self.wrt)
         self.outputs, self.results = tuple(outputs), results
         self.upstream = tuple(f"g_{n}" for n in self.outputs[:results])
         self.batch = {**batch, **{f"g_{n}": dim for n, dim in batch.items()}}
@@ -152,7 +153,10 @@ class Op:
         """All outputs, empty where left out, for the arguments of `forward` in its order, without `save`."""
         k = self.given.place
         flat = args if k is None else (*args[:k], *args[k + 1 :], *args[k])
-        recorded = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in flat])
+        recorded = torch.is_grad_enabled() and (
+            any([flat[n].requires_grad for n in self.wrt_places])
+            or any([x.requires_grad for x in flat[len(self.given.fixed) :]])
+        )
         if torch.compiler.is_compiling():  # Dynamo follows the registered autograd, but not these Functions
             return self.forward_op(*args, *[recorded] * self.saves)
         if recorded or torch_private.innermost_transform() is not None:
