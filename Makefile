@@ -14,7 +14,7 @@ ARGS ?=
 
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
-	@echo "make test      the tests (under 10 minutes on 2 cores)"
+	@echo "make test      the tests (6 minutes on 2 cores, the installation included)"
 	@echo "make test-all  with the slow ones (make slow) and those of a fresh seed (make fresh)"
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
