@@ -47,6 +47,8 @@ def bounds() -> Iterator[None]:
         pointer_at, mask_at = ACCESSES[name]
 
         def checked(*args: Any) -> Any:
+            if mask_at is not None:  # a scalar condition makes it one of integers, which Triton 3.9 refuses
+                args[mask_at].data = args[mask_at].data.astype(bool)
             _check(name, extents, args[pointer_at], None if mask_at is None else args[mask_at])
             return access(*args)
 
@@ -74,7 +76,7 @@ def _check(
     for first, past in extents:
         outside &= (start < np.uint64(first)) | (end > np.uint64(past))
     if mask is not None:
-        outside &= mask.data.astype(bool)  # a scalar condition makes the interpreter's mask one of integers
+        outside &= mask.data
     if outside.any():
         lane = tuple(int(index) for index in np.argwhere(outside)[0])
         raise OutOfBounds(
