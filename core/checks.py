@@ -69,9 +69,9 @@ def check_lengths(name: str, lengths: Any, like: str, x: Tensor, time: int = 1, 
     """Integers (B,), from 0 to T, on the device of x or on the CPU; only for a batched x, with 3 dimensions.
 
     Args:
-        like: what a message calls x.
+        like: the name of x in messages.
         time: the dimension of x, 0 or 1, that has T elements; the other one has B.
-        size: what a message calls T.
+        size: the name of T in messages.
     """
     check_kind(name, lengths, Tensor)
     if x.dim() == 2:

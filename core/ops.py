@@ -25,8 +25,8 @@ from . import torch_private
 from .torch_private import bypasses_dispatcher, forward_mode, transformed
 
 Grads = tuple[Tensor | None, ...]
-# Of autograd.grad's own vmap, which is never inside another. Only the thread that called autograd.grad counts
-# its levels, and backward passes on CUDA are in others.
+# The level of autograd.grad's own vmap, which is never nested. It cannot be asked for: only the thread that
+# called autograd.grad counts levels, and backward passes on CUDA run in others.
 _LEVEL = 1
 
 
@@ -152,6 +152,7 @@ class Op:
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """All outputs, empty where left out, for the arguments of `forward` in its order, without `save`."""
         k = self.given.place
+        # `given.flat` written out: a call of it in every call of an op would show.
         flat = args if k is None else (*args[:k], *args[k + 1 :], *args[k])
         recorded = torch.is_grad_enabled() and (
             any([flat[n].requires_grad for n in self.wrt_places])

@@ -31,9 +31,8 @@ disable_dynamo = torch._disable_dynamo
 
 def surroundings() -> str:
     """What surrounds this call: a key of the table in plan.py."""
-    dual = (
-        forward_ad._current_level >= 0
-    )  # torch.autograd.forward_ad has no question for the level that is open
+    # torch has no public way to ask whether a level is open.
+    dual = forward_ad._current_level >= 0
     if torch.compiler.is_compiling():
         transformed = dual or torch._C._are_functorch_transforms_active()
         return "torch.func inside torch.compile" if transformed else "torch.compile"

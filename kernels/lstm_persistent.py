@@ -14,10 +14,9 @@ between arriving at a counter and waiting there.
 
 Of a W_slice that does not fit, the columns past RESIDENT are read again in every step.
 
-**Backward** a program has to know dh of its units, a sum over the units of all four gates: of dz, which is
-exchanged as h is forward, it would have to read four times as much. So the sum is cut by gates. Four programs
-that are neighbours take one gate each, for the units of all four, and exchange what they found, added up in
-the order of the gates:
+**Backward** dh of a unit is a sum over the units of all four gates. To read all of dz would move four times
+as much as h does forward, so the sum is cut by gates. Four neighbouring programs take one gate each, for the
+units of all four, exchange their partial sums and add them up in the order of the gates:
 
     partial dhᵀ [4·BLOCK_H, BLOCK_B] = W_gateᵀ [4·BLOCK_H, H] dz_gateᵀ [H, BLOCK_B]
 
@@ -25,7 +24,7 @@ That is a product like the forward one. The four wait for each other at a counte
 counting. The partial sums need one buffer: before a program writes there again it passes the next step's
 counter of all, where the others arrive with what they have read.
 
-**Saved for backward.** The activated gates, stored over z, which nobody needs any more, and c_t in float32:
+**Saved for backward.** The activated gates, which overwrite z, no longer needed, and c_t in float32:
 4H values in storage dtype and H in float32 a row, read once in backward. Computing them again instead would
 read z and h and take another product of the size of the recurrence.
 

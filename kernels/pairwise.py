@@ -11,8 +11,8 @@ need: it loads tiles ahead, keeps the rows of q on the chip if they fit there, a
 which no distance gives. The second visits the tiles in which there is one, reads them back and stores near
 pairs over the zeros.
 
-For training the forward also stores W = S² / d, by which dL/dS is multiplied in backward, -W for near pairs
-and 0 where d = 0, and the centre. W is in bfloat16 for rows of bfloat16 and else in float32.
+For training the forward also stores the centre and W = S² / d, negated for near pairs and 0 where d = 0; the
+backward multiplies dL/dS by |W|. W is in bfloat16 for rows of bfloat16 and else in float32.
 
 Shapes: q (B, Q, D), a (B, A, D), S (B, Q, A), W (B, Q, A up to a multiple of 8), centre (B, D), lengths (B,).
 Paper: Yin et al., "ABCNN", TACL 2016.

@@ -4,8 +4,8 @@
 
 for the pairs p with W < 0: differences first, and the sum over p is a product with a one-hot matrix, its
 order fixed. The kernels for far pairs say in `found` in which blocks of rows there are any. Where there are
-none, a launch must cost next to nothing: a few programs look at many words of `found` each. What this is
-added to has been rounded: in 16 bits rows with near pairs are rounded twice.
+none, a launch must cost next to nothing: a few programs look at many words of `found` each. It adds to a
+gradient that is already rounded: in 16 bits, rows with near pairs are rounded twice.
 
 Shapes are those of pairwise_bwd.py; found (B, blocks of rows of x).
 """
