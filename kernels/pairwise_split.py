@@ -3,8 +3,8 @@
     x = x_0 + x_1 + x_2,    x y = x_0 y_0 + (x_0 y_1 + x_1 y_0) + (x_0 y_2 + x_1 y_1 + x_2 y_0)
 
 Three parts have all the 24 bits of a float32, and what their six products leave out is below its rounding.
-Two parts and three products are right to 2^-16. Tensor cores multiply bfloat16 twice as fast as TF32, from rows
-in any order, and no number is too large or too small for it, as it may be for float16.
+Two parts and three products are right to 2^-16. Tensor cores multiply bfloat16 twice as fast as TF32, from
+rows in any order, and no number is too large or too small for it, as it may be for float16.
 
 Rows that many programs multiply are split once, into a copy of their parts beside each other.
 
