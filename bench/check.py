@@ -172,8 +172,8 @@ def _pairwise(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     for given in (no_lengths, lengths):
         functions = partial(pairwise_sums, **given), partial(pairwise_sums_reference, **given)
         yield Check("pairwise/sums", "lengths" if given else "", *functions, (q, a), relative)
-    features = AttentionFeatures(64, 33, device=device, dtype=dtype)
-    exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
+    features = AttentionFeatures(33, length=64, device=device, dtype=dtype)
+    exact = AttentionFeatures(33, length=64, device=device, dtype=torch.float64)
     exact.load_state_dict(features.state_dict())
     doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
     for given in (no_lengths, lengths):
