@@ -100,7 +100,7 @@ def _train(
     columns = TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         # A terminal has a bar during an epoch; after it a file gets the same line, and at once.
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             for epoch in range(done, options.epochs):
                 label = f"{epoch + 1}/{options.epochs}"
                 task = progress.add_task(label, total=len(trainers) * trainers["ours"].steps)
