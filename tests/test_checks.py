@@ -54,7 +54,7 @@ def messages() -> dict[str, str]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
                     continue
-                if ast.unparse(node.exc.func) in ("TypeError", "ValueError", "RuntimeError"):
+                if ast.unparse(node.exc.func) in ("TypeError", "ValueError", "RuntimeError", "MemoryError"):
                     (message,) = node.exc.args
                     parts = message.values if isinstance(message, ast.JoinedStr) else [message]
                     text = [part.value if isinstance(part, ast.Constant) else "X" for part in parts]
