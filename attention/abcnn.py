@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatematch.checks import check_choice, check_dtype, check_int, check_kind, check_range
+from gatematch.checks import by_keyword, check_choice, check_dtype, check_int, check_kind, check_range
 
 from .functional import check_pair
 from .modules import AttentionFeatures, check_weighted
@@ -93,7 +93,8 @@ class ABCNN(nn.Module):
 
     Args:
         features: D, the width of a word vector.
-        length: the longest sentence, in words; the paper's s. ABCNN-1's weights have that many columns.
+        length: the longest sentence, in words; the paper's s. ABCNN-1's weights have that many columns. By
+            keyword, as all that follows.
         channels: feature maps of each convolution.
         width: words that a convolution, and columns that w-ap, spans.
         blocks: how many blocks; the paper has 1 and 2.
@@ -111,9 +112,11 @@ class ABCNN(nn.Module):
             anything is computed.
     """
 
+    @by_keyword
     def __init__(
         self,
         features: int,
+        *,
         length: int,
         channels: int = 50,
         width: int = 4,
@@ -146,7 +149,7 @@ class ABCNN(nn.Module):
             check_int("classes", classes, 1)
         if dtype is not None:
             check_dtype("dtype", dtype)
-        self.features, self.length, self.channels, self.width = features, length, channels, width
+        self.features, self.length, self.channels, self.width = map(int, (features, length, channels, width))
         self.kind, self.variant = kind, variant
         self.embedding = embedding
         self.blocks = nn.ModuleList()
@@ -154,7 +157,7 @@ class ABCNN(nn.Module):
             attention = None
             if kind in ("abcnn1", "abcnn3"):
                 attention = AttentionFeatures(
-                    length, incoming, shared=variant == "official", device=device, dtype=dtype
+                    incoming, length=length, shared=variant == "official", device=device, dtype=dtype
                 )
             self.blocks.append(Convolution(incoming, channels, width, attention, device, dtype))
         self.classifier = (
@@ -246,22 +249,22 @@ class ABCNN(nn.Module):
             # The vectors' shapes, dtype and device before they are looked up.
             vector = self.embedding.weight.new_empty(self.features)
             q, a = (vector.expand(*ids.shape, -1) for ids in (q, a))
-        checked = check_pair(q, a, q_lengths, a_lengths)
+        # Not from parameters(): a replica of DataParallel has none.
+        weight = cast(Tensor, self.blocks[0].weight)
+        check_weighted("q" if self.embedding is None else "embedding", q, weight)
         if q.shape[-1] != self.features:
             raise ValueError(f"q: expected features = {self.features} columns, got shape {tuple(q.shape)}")
+        checked = check_pair(q, a, q_lengths, a_lengths)
         for name, rows in (("q", q), ("a", a)):
             if not 1 <= rows.shape[-2] <= self.length:
                 raise ValueError(
                     f"{name}: expected from 1 to length = {self.length} rows, got {rows.shape[-2]}"
                 )
-        # Not from parameters(): a replica of DataParallel has none.
-        weight = cast(Tensor, self.blocks[0].weight)
-        check_weighted("q" if self.embedding is None else "embedding", q, weight)
         return checked
 
     def extra_repr(self) -> str:
         return (
-            f"{self.features}, {self.length}, channels={self.channels}, width={self.width}, "
+            f"{self.features}, length={self.length}, channels={self.channels}, width={self.width}, "
             f"kind={self.kind!r}, variant={self.variant!r}"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gatematch.checks import check_alike, check_dtype, check_int, check_kind
+from gatematch.checks import by_keyword, check_alike, check_bool, check_dtype, check_int
 
 from .functional import check_pair, checked_attention, pairwise_attention
 
@@ -30,8 +30,9 @@ class AttentionFeatures(nn.Module):
     which is W0·Sᵀ and W1·S of the paper (Yin et al., "ABCNN", TACL 2016, section 4.1) with words as rows.
 
     Args:
-        length: the longest sentence, in rows; shorter ones use the first columns of the weights.
         features: width of the feature maps, D for channels of the width of the sentences.
+        length: the longest sentence, in rows; shorter ones use the first columns of the weights. By keyword,
+            as all that follows.
         shared: one weight for both sides (W0 = W1), as in the authors' code: `weight_q`; `weight_a` is None.
         device: of the weights.
         dtype: of the weights; float64, float32, float16 or bfloat16.
@@ -40,23 +41,25 @@ class AttentionFeatures(nn.Module):
     unbatched likewise. Rows past `q_lengths`, `a_lengths` get features 0.
     """
 
+    @by_keyword
     def __init__(
         self,
-        length: int,
         features: int,
+        *,
+        length: int,
         shared: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("length", length, 1)
         check_int("features", features, 1)
-        check_kind("shared", shared, bool)
+        check_int("length", length, 1)
+        check_bool("shared", shared)
         if dtype is not None:
             check_dtype("dtype", dtype)
-        self.length = length
-        self.features = features
-        self.shared = shared
+        self.features = int(features)
+        self.length = int(length)
+        self.shared = bool(shared)
         self.weight_q = nn.Parameter(torch.empty(features, length, device=device, dtype=dtype))
         if shared:
             # One parameter under two names would be two after to_empty() or load_state_dict(assign=True).
@@ -74,22 +77,26 @@ class AttentionFeatures(nn.Module):
     def forward(
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        check_weighted("q", q, self.weight_q)
         unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
         for name, rows in (("q", q), ("a", a)):
             if rows.shape[-2] > self.length:
                 raise ValueError(
                     f"{name}: expected at most length = {self.length} rows, got {rows.shape[-2]}"
                 )
-        check_weighted("q", q, self.weight_q)
         S = checked_attention(q, a, q_lengths, a_lengths, unbatched)
         weight_a = self.weight_q if self.shared else self.weight_a
         return S @ self.weight_q.mT[: a.shape[-2]], S.mT @ weight_a.mT[: q.shape[-2]]
 
     def extra_repr(self) -> str:
-        return f"{self.length}, {self.features}" + (", shared=True" if self.shared else "")
+        return f"{self.features}, length={self.length}" + (", shared=True" if self.shared else "")
 
 
 def check_weighted(name: str, rows: Tensor, weight: Tensor) -> None:
-    """Rows that weights multiply are on their device, in their dtype; autocast unites all but float64."""
+    """Rows that weights multiply are on their device, in their dtype; autocast unites all but float64.
+
+    Checked before q and a are compared: what the weights tell of q comes before what q tells of a.
+    """
+    check_pair(rows, rows, None, None)
     united = torch.is_autocast_enabled(rows.device.type) and torch.float64 not in (rows.dtype, weight.dtype)
     check_alike(name, rows, "the weights", weight, any_dtype=united)

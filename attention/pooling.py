@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gatematch.checks import check_int, check_kind
+from gatematch.checks import check_bool, check_int
 
 from .functional import check_pair, pairwise_sums
 from .operands import padding
@@ -53,7 +53,7 @@ def attention_pool(
     """
     unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
     check_int("width", width, 1)
-    check_kind("normalize", normalize, bool)
+    check_bool("normalize", normalize)
     for name, rows in (("q", q), ("a", a)):
         if rows.shape[-2] < width:
             raise ValueError(f"{name}: expected at least width = {width} rows, got {rows.shape[-2]}")

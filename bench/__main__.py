@@ -13,6 +13,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f'gatematch-bench needs {missing.name}: pip install "gatematch[bench]"') from None
 
 from gatematch.bench.console import (
+    MOST,
     Device,
     Json,
     app,
@@ -44,7 +45,7 @@ def answers(
     ] = 0,
     device: Annotated[str, typer.Option(help="Where to train, as torch names it.")] = "cpu",
     threads: Annotated[
-        int, typer.Option(min=1, help="CPU threads; matrices this small gain nothing from more.")
+        int, typer.Option(min=1, max=MOST, help="CPU threads; matrices this small gain nothing from more.")
     ] = 1,
     out: Annotated[Path, typer.Option(help="Folder of results, pictures and checkpoint.")] = Path(
         "out/answers"
@@ -88,7 +89,7 @@ def speed(
     filter: Annotated[
         str, typer.Option(help="Only cases whose name, data and dtype match this regular expression.")
     ] = "",
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each row.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.01, max=3600, help="Time to spend on each row.")] = 2.0,
     compiled: Annotated[bool, typer.Option(help="Include the peers that torch.compile makes.")] = True,
 ) -> None:
     """Ours beside torch's own, forward and forward+backward, each row right before it is timed; exit code 1
@@ -132,7 +133,7 @@ def kernels(
     filter: Annotated[
         str, typer.Option(help="Only kernels whose name/arch/dtype matches this regular expression.")
     ] = "",
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST, help="Processes that compile.")] = 1,
 ) -> None:
     """What every kernel compiles to, without a GPU; exit code 1 when one spills or does not fit."""
     with one_sentence_errors():
@@ -239,12 +240,13 @@ def pages(
 ) -> None:
     """Write tables and figures of Markdown pages again, from the results files below this folder."""
     from gatematch.bench.markdown import redrawn
+    from gatematch.bench.results import read_text
 
     with one_sentence_errors():
         for path in files:
-            before = path.read_text()
+            before = read_text("page", path)
             if (after := redrawn(before, Path())) != before:
-                path.write_text(after)
+                path.write_text(after, "utf-8")
                 typer.echo(path)
 
 

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from rich.progress import track
 from torch import Tensor
 
 from gatematch.kernels.cooperative import arrive, wait_for
 from gatematch.kernels.recurrence import processors
+
+from .progress import track
 
 WARPS = (4, 8)
 STEPS = 1000
@@ -157,7 +158,7 @@ def run_barrier(device: torch.device) -> list[dict[str, Any]]:
     if device.type != "cuda" or torch.version.hip is not None:
         raise ValueError(f"--device must be an NVIDIA GPU, for barrier times a kernel on it; got {device}")
     with torch.cuda.device(device):
-        chosen = track(settings(processors(device)), description="barrier", transient=True)
+        chosen = track(settings(processors(device)), "barrier")
         return [time_setting(setting, STEPS, REPEATS, device) for setting in chosen]
 
 

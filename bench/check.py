@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from gatematch.attention import (
@@ -27,6 +26,8 @@ from gatematch.attention.reference import (
 )
 from gatematch.lstm import LSTM, LSTMCell
 from gatematch.lstm.reference import lstm_cell_reference
+
+from .progress import track
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DISTANCES = (0.0, 1e-6, 1e-4, 1e-2, 0.1, 1.0, 10.0, 100.0)
@@ -48,7 +49,7 @@ def run_check(device: torch.device) -> list[dict[str, Any]]:
 
         print(compile_ahead(range(_SHARES), partial(some_rows, of=_SHARES, device=device), device))
     torch.manual_seed(0)
-    return [check.row() for check in track(_checks(device), description="check", transient=True)]
+    return [check.row() for check in track(_checks(device), "check")]
 
 
 def some_rows(first: int, of: int, device: torch.device) -> None:
@@ -172,8 +173,8 @@ def _pairwise(dtype: torch.dtype, device: torch.device) -> Iterator[Check]:
     for given in (no_lengths, lengths):
         functions = partial(pairwise_sums, **given), partial(pairwise_sums_reference, **given)
         yield Check("pairwise/sums", "lengths" if given else "", *functions, (q, a), relative)
-    features = AttentionFeatures(64, 33, device=device, dtype=dtype)
-    exact = AttentionFeatures(64, 33, device=device, dtype=torch.float64)
+    features = AttentionFeatures(33, length=64, device=device, dtype=dtype)
+    exact = AttentionFeatures(33, length=64, device=device, dtype=torch.float64)
     exact.load_state_dict(features.state_dict())
     doubled = 2 * RELATIVE[dtype], 2 * RELATIVE[dtype]  # S is rounded, and its product again
     for given in (no_lengths, lengths):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,11 @@ def main(
     ] = False,
 ) -> None:
     """Every command writes its results as JSON; tables and pictures are drawn from that."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what is no terminal gets each line at once, too
 
 
+MOST = 1024  # threads or processes: the system ends a process that asks for many times as many
 Device = Annotated[str, typer.Option(help="Where to run, as torch names it: cpu, cuda, cuda:1.")]
 Gpu = Annotated[str, typer.Option(help="The GPU, as torch names it.")]
 Json = Annotated[Path | None, typer.Option(help="Results file.")]
@@ -49,7 +53,10 @@ def one_sentence_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            sentence = f"{error.filename} cannot be used: {error.strerror}"
+        typer.echo(f"Error: {sentence}", err=True)
         raise typer.Exit(2) from None
 
 

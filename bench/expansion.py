@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from rich.progress import track
 from torch import Tensor
 
 from gatematch.kernels import config
@@ -36,6 +35,8 @@ from gatematch.kernels.pairwise_parts import ROWS as PREPARED_ROWS
 from gatematch.kernels.pairwise_parts import exponent_of, parts_of, power_of_two
 from gatematch.kernels.pairwise_prepare import FEATURES, ROWS, padded, prepare, tile_distances
 from gatematch.kernels.pairwise_tiles import product_of
+
+from .progress import track
 
 SIZES = (9, 16, 50, 64, 128, 300, 768, 1024, 2048, 4096)
 TILES = 256
@@ -272,7 +273,7 @@ def run_expansion(device: torch.device) -> list[dict[str, Any]]:
         print(compile_ahead(shares, partial(compile_some, device=device), device))
     torch.manual_seed(0)
     rows = []
-    for path, D in track(chosen, description="expansion", transient=True):
+    for path, D in track(chosen, "expansion"):
         try:
             rows.append(measure(path, D, TILES, device))
         except Exception as failure:

@@ -42,7 +42,7 @@ def redrawn(page: str, root: Path) -> str:
             raise ValueError(f"figure {name!r} must not begin a line: Markdown takes that for HTML")
         try:
             text = getattr(figures, name)(*filter(None, [argument]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"figure {name} {argument or ''}: {error}") from None
         return f"{mark}{text}<!-- / -->"
 
@@ -54,8 +54,10 @@ def redrawn(page: str, root: Path) -> str:
 
 def sample(path: Path) -> str:
     """The generated text of a results file, its long lines broken."""
-    text = read_results(path)["meta"]["sample"]
-    return "".join(textwrap.fill(line, 80) + "\n" for line in text.split("\n"))
+    meta = read_results(path).get("meta")
+    if not isinstance(meta, dict) or not isinstance(meta.get("sample"), str):
+        raise ValueError(f"results file {path} must come from an example that writes a text")
+    return "".join(textwrap.fill(line, 80) + "\n" for line in meta["sample"].split("\n"))
 
 
 def _between(values: Iterable[float], form: str = ".2g") -> str:

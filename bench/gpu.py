@@ -73,6 +73,16 @@ ENVIRONMENT = {"tests": {"OMP_NUM_THREADS": "1"}}
 SAME = ("device", "driver", "python", "torch", "triton", "gatematch", "commit")
 
 
+def chosen_stages(stages: Sequence[str], tests: Path) -> list[str]:
+    """Those named, or all, in their order; ValueError for an unknown name and for tests that do not exist."""
+    if unknown := [name for name in stages if name not in STAGES]:
+        raise ValueError(f"--stage must be of {', '.join(STAGES)}; got {unknown[0]!r}")
+    chosen = [name for name in STAGES if name in stages or not stages]
+    if not tests.exists() and any("{tests}" in STAGES[name] for name in chosen):
+        raise ValueError(f"--tests must be a file of tests; {tests} does not exist")
+    return chosen
+
+
 def run_gpu(
     device: torch.device, stages: Sequence[str], results: Path, limit: float, tests: Path
 ) -> list[dict[str, Any]]:
@@ -83,11 +93,7 @@ def run_gpu(
     Returns:
         A row for each stage of this call.
     """
-    if unknown := [name for name in stages if name not in STAGES]:
-        raise ValueError(f"--stage must be of {', '.join(STAGES)}; got {unknown[0]!r}")
-    chosen = [name for name in STAGES if name in stages or not stages]
-    if not tests.exists() and any("{tests}" in STAGES[name] for name in chosen):
-        raise ValueError(f"--tests must be a file of tests; {tests} does not exist")
+    chosen = chosen_stages(stages, tests)
     arch = architecture(device)
     meta = describe_machine(device) | {"arch": arch}
     rows = _earlier(results, meta)

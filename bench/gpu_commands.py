@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from gatematch.bench.console import Gpu, Json, app, one_sentence_errors, ready, save, show, within_bounds
+from gatematch.bench.console import (
+    MOST,
+    Gpu,
+    Json,
+    app,
+    one_sentence_errors,
+    ready,
+    save,
+    show,
+    within_bounds,
+)
 
 
 @app.command()
@@ -21,7 +31,7 @@ def tune(
     ] = None,
     json: Json = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes that compile; default: one for each core.")
+        int | None, typer.Option(min=1, max=MOST, help="Processes that compile; default: one for each core.")
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long, with the best so far; default: never.")
@@ -80,11 +90,11 @@ def gpu(
     Results of other stages stay in the file. GATEMATCH_COMMIT names the commit where there is no repository.
     """
     with one_sentence_errors():
-        where = ready("cuda", json)
         from gatematch.bench import tables
-        from gatematch.bench.gpu import failed, run_gpu
+        from gatematch.bench.gpu import chosen_stages, failed, run_gpu
 
-        rows = run_gpu(where, stage or [], json, limit, tests)
+        chosen_stages(stage or [], tests)  # a wrong name is wrong without a GPU, too
+        rows = run_gpu(ready("cuda", json), stage or [], json, limit, tests)
     show(tables.stages(rows))
     typer.echo(f"results: {json}")
     if failed(rows):

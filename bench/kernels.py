@@ -23,12 +23,12 @@ from unittest import mock
 
 import torch
 import triton
-from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gatematch.bench.launches import LAUNCHES, Sample, entries, launched_with, samples, served
+from gatematch.bench.progress import track
 from gatematch.kernels import config
 from gatematch.kernels.config import Config
 
@@ -119,11 +119,7 @@ def run_kernels(archs: list[str], pattern: str = "", jobs: int = 1) -> list[dict
             each = pool.map
         found = each(kernel_rows, *zip(*launches, strict=True))
         # Two shapes may share a configuration, and one case be two programs, by the dtype of what they store.
-        rows = {
-            repr(row): row
-            for of_launch in track(found, "kernels", len(launches), transient=True)
-            for row in of_launch
-        }
+        rows = {repr(row): row for of_launch in track(found, "kernels", len(launches)) for row in of_launch}
     return list(rows.values())
 
 

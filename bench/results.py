@@ -114,7 +114,7 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -131,15 +131,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_text(what: str, path: Path, encoding: str = "utf-8") -> str:
+    """A file that the user names, or ValueError with `what` it should be."""
+    try:
+        return path.read_text(encoding)
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} must be UTF-8 text; byte {error.start} is not") from None
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Read a results file, with an error that says what is wrong with it."""
     try:
-        results = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"results file {path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"results file {path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        results = json.loads(read_text("results file", path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"results file {path} is not JSON: {error}") from None
     rows = results.get("rows") if isinstance(results, dict) else None
     if (

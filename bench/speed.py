@@ -11,7 +11,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from gatematch.kernels import config
@@ -22,6 +21,7 @@ from .cases import build, cases_of
 from .check import largest
 from .floors import add_floors
 from .problems import COMPILED, MODES, Case, Function, Problem
+from .progress import track
 from .results import matches
 from .timing import Call, graphed, measure, peak_bytes
 
@@ -61,7 +61,7 @@ def run_speed(
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         compiled_for = ""
-        for case in track(cases, description="speed", transient=True):
+        for case in track(cases, "speed"):
             problem = None  # that of the case before goes first
             # What was compiled for other data of the same shape serves again.
             if (kind := repr((case.name, case.shape, case.numbers))) != compiled_for:

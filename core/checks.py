@@ -3,17 +3,23 @@
 A wrong type or dtype raises TypeError; a wrong shape, value or device raises ValueError.
 """
 
+import inspect
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import permutations
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, ParamSpec
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .torch_private import assert_async, surroundings
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+P = ParamSpec("P")
 
 
 def check_kind(name: str, value: Any, kind: Any, expected: str = "", hint: str = "") -> None:
@@ -24,11 +30,27 @@ def check_kind(name: str, value: Any, kind: Any, expected: str = "", hint: str =
         )
 
 
-def check_int(name: str, value: Any, least: int, kind: Any = int) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
+def check_bool(name: str, value: Any) -> None:
+    """NumPy's count too, here and in `check_int` and `check_number`."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_number(name: str, value: Any, over: float | None = None) -> None:
+    """Finite as a float, and greater than `over` if that is given."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got bool")
+    check_kind(name, value, Real, "a number")
+    if not abs(value) <= sys.float_info.max or (over is not None and value <= over):
+        bound = "" if over is None else f" over {over}"
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -103,3 +125,19 @@ def check_range(name: str, values: Tensor, most: int, size: str, hint: str = "")
             raise ValueError(f"{name}: expected values from 0 to {size} = {most}, got {wrong}{hint}")
     elif os.environ.get("GATEMATCH_DEBUG") == "1":
         assert_async(((values >= 0) & (values <= most)).all())
+
+
+def by_keyword(init: Callable[P, None]) -> Callable[P, None]:
+    """A constructor with one positional argument, which names its keywords where there are more."""
+    _, first, *others = inspect.signature(init).parameters
+
+    @wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if len(args) > 2:
+            raise TypeError(
+                f"{type(args[0]).__name__}: expected {first} and the keywords {', '.join(others)}, "
+                f"got {len(args) - 1} arguments by position"
+            )
+        init(*args, **kwargs)
+
+    return checked

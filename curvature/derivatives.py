@@ -5,6 +5,7 @@ mode, at the cost of a few gradients and without a matrix (Pearlmutter, "Fast ex
 Hessian", Neural Computation 6(1), 1994).
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -45,6 +46,16 @@ def gradient(loss_fn: LossFn, parameters: Parameters) -> list[Tensor | None]:
                 raise ValueError(f"params[{name!r}]: expected a dense gradient, got layout {g.layout}")
         _check_graph(found, one)
     return list(gradients)
+
+
+def warn_if_constant(gradients: Sequence[Tensor | None]) -> None:
+    """Warn of a loss that depends on none of the parameters, as from the caller of the function that asks."""
+    if all(g is None for g in gradients):
+        warnings.warn(
+            "loss_fn: expected a loss that depends on params, got one that depends on none of them; "
+            "its Hessian is zero",
+            stacklevel=3,
+        )
 
 
 def _check_unused(parameters: Parameters, names: Collection[str]) -> None:

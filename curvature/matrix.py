@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from numbers import Integral
+from pathlib import Path
 from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from gatematch.checks import check_alike, check_int, check_kind, check_shape
+from gatematch.checks import check_alike, check_bool, check_int, check_kind, check_shape
 
-from .derivatives import LossFn, check_loss_fn, gradient, product, pull_back
+from .derivatives import LossFn, check_loss_fn, gradient, product, pull_back, warn_if_constant
 from .parameters import Parameters, Params
 
 ROWS = 32  # at once; more gain little for small models and lose cache for large ones
@@ -75,19 +75,25 @@ def hessian(
         H, (P, P) in the promoted dtype of the parameters, on their device, out of the graph, or the dict of
         blocks. H is the average of what is computed and its transpose, so symmetric to the bit. Rows of
         parameters that the loss does not use, or that it is linear in, are zero; so is all of H if the loss
-        depends on none of them. A loss that is NaN gives NaN.
+        depends on none of them, and a UserWarning says so. A loss that is NaN gives NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name; a loss
             that is no real scalar; a view or copy of a parameter that the loss does not read.
+        MemoryError: the matrix, and a second one for the average, would take more memory than there is; the
+            loss has not been called then. `HessianOperator` needs no matrix.
         RuntimeError: torch has no second derivative for an operation.
     """
     check_loss_fn(loss_fn)
+    check_bool("block_diagonal", block_diagonal)
     if chunk_size is not None:
-        check_int("chunk_size", chunk_size, 1, Integral)
+        check_int("chunk_size", chunk_size, 1)
+    check_bool("progress", progress)
     track = _tracker() if progress else iter
     parameters = Parameters(params)
+    _check_memory(parameters, block_diagonal)
     gradients = gradient(loss_fn, parameters)
+    warn_if_constant(gradients)
     if block_diagonal:
         parts = [([g], [tensor]) for g, tensor in zip(gradients, parameters.tensors, strict=True)]
     else:
@@ -120,7 +126,44 @@ def hvp(loss_fn: LossFn, params: Params, vector: Tensor) -> Tensor:
     check_kind("vector", vector, Tensor)
     check_shape("vector", vector, (parameters.size,))
     check_alike("vector", vector, "params", parameters)
-    return product(gradient(loss_fn, parameters), parameters, vector.detach())
+    gradients = gradient(loss_fn, parameters)
+    warn_if_constant(gradients)
+    return product(gradients, parameters, vector.detach())
+
+
+def _check_memory(parameters: Parameters, block_diagonal: bool) -> None:
+    """Raise MemoryError unless the matrix, or all blocks, and as much for the average can be allocated."""
+    sizes = [tensor.numel() for tensor in parameters.tensors] if block_diagonal else [parameters.size]
+    needed = 2 * sum(size * size for size in sizes) * parameters.dtype.itemsize
+    available = _available(parameters.device)
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"params: expected a Hessian that fits twice into {available / 1e9:.3g} GB of memory, got "
+            f"{parameters.size} elements and {needed / 1e9:.3g} GB; HessianOperator needs no matrix"
+        )
+
+
+def _available(device: torch.device, root: Path = Path("/")) -> int | None:
+    """How many bytes can still be allocated on a device; None where that is not known.
+
+    On Linux what the kernel can give without ending a process, cached files included, and no more than a
+    container's limit.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type != "cpu":
+        return None
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+        available = sizes["MemAvailable"] + sizes["SwapFree"]
+    except (OSError, LookupError, ValueError):
+        return None
+    try:
+        return min(available, int((root / "sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return available
 
 
 class _Block:

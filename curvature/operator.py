@@ -5,7 +5,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from .derivatives import LossFn, check_loss_fn, gradient, product
+from .derivatives import LossFn, check_loss_fn, gradient, product, warn_if_constant
 from .parameters import Parameters, Params
 
 
@@ -26,7 +26,7 @@ class HessianOperator(LinearOperator):
     its last call; for new data make a new operator.
 
     Args:
-        loss_fn: as for `hessian`. It is called once here.
+        loss_fn: as for `hessian`, warning included. It is called once here.
         params: as for `hessian`.
 
     Attributes:
@@ -48,6 +48,7 @@ class HessianOperator(LinearOperator):
         dtype = np.float64 if self._parameters.dtype == torch.float64 else np.float32
         super().__init__(dtype, (self._parameters.size, self._parameters.size))
         self._evaluate()
+        warn_if_constant(self._gradients)
 
     def _evaluate(self) -> None:
         self._gradients: list[Tensor | None] = []  # the old graph goes before there is a new one

@@ -1,14 +1,13 @@
 """Trace and eigenvalue density of a symmetric operator, from products with random vectors in O(P) memory."""
 
 import math
-from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator
 
-from gatematch.checks import check_int, check_kind
+from gatematch.checks import check_int, check_kind, check_number
 
 
 class TraceEstimate(NamedTuple):
@@ -36,9 +35,11 @@ class SpectralDensity(NamedTuple):
 
     def smooth(self, grid: np.ndarray, width: float) -> np.ndarray:
         """The density on a grid (N,), each node spread to a normal of standard deviation `width`."""
-        if not width > 0:
-            raise ValueError(f"width: expected a positive number, got {width}")
-        z = (np.asarray(grid)[:, None] - self.nodes) / width
+        check_number("width", width, over=0)
+        grid = np.asarray(grid)
+        if grid.ndim != 1 or grid.dtype.kind not in "fiu":
+            raise ValueError(f"grid: expected real numbers (N,), got shape {grid.shape} of {grid.dtype}")
+        z = (grid[:, None] - self.nodes) / width
         density: np.ndarray = np.exp(-(z**2) / 2) @ self.weights / (width * math.sqrt(2 * math.pi))
         return density
 
@@ -140,4 +141,4 @@ def _check(op: LinearOperator, **counts: tuple[int, int]) -> None:
     if np.issubdtype(op.dtype, np.complexfloating):
         raise TypeError(f"op: expected a real dtype, got {op.dtype}")
     for name, (count, least) in counts.items():
-        check_int(name, count, least, Integral)
+        check_int(name, count, least)

@@ -120,6 +120,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order")
     parser.add_argument("--json", help="a results file to write")
     args = parser.parse_args()
+    if args.json and Path(args.json).is_dir():
+        parser.error(f"--json must be a file; {args.json} is a folder")
     if args.data is None and not all(map(importlib.util.find_spec, ("chatterbot_corpus", "yaml"))):
         parser.error("no data: pip install chatterbot-corpus pyyaml, or pass --data pairs.tsv")
     torch.set_num_threads(1)  # matrices this small gain nothing from more
@@ -128,8 +130,10 @@ def main():
 
     try:
         pairs = read_pairs(args.data)
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--data {args.data}: {error}")
+    except OSError as error:
+        parser.error(f"--data: {args.data} cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        parser.error(f"--data: {args.data} is no text in UTF-8")
     if not pairs:
         parser.error(f"--data {args.data}: no line has a tab, which separates a question from its answer")
     right = {}  # question -> its right answers; the same words are the same question
@@ -192,7 +196,7 @@ def main():
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             total += loss.item()
-        print(f"epoch {epoch + 1}: loss {total / (len(train) // BATCH):.3f}")
+        print(f"epoch {epoch + 1}: loss {total / (len(train) // BATCH):.3f}", flush=True)
     results["model, trained"] = evaluate(learned, lists)
 
     print(f"\n{len(train)} questions to train on, {len(held)} held out, {CANDIDATES} answers each")

@@ -166,21 +166,29 @@ def main():
     parser.add_argument(
         "--temperature", type=float, default=0.7, help="below 1: safer, above: wilder (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and draws (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="of weights and draws (default: %(default)s)"
+    )
     parser.add_argument("--save", type=Path, help="write the trained model here")
     parser.add_argument("--load", type=Path, help="read a saved model instead of training one")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
-    if not args.prompt or args.temperature <= 0 or args.rate <= 0 or not 0 <= args.dropout < 1:
+    positive = all(0 < number < math.inf for number in (args.temperature, args.rate))
+    if not args.prompt or not positive or not 0 <= args.dropout < 1:
         parser.error("--prompt must not be empty, --temperature and --rate be positive, --dropout in [0, 1)")
     if args.save and not args.save.parent.is_dir():
         parser.error(f"--save: there is no folder {args.save.parent}")
+    for path in (args.save, args.json):
+        if path and path.is_dir():
+            parser.error(f"--save and --json must be files; {path} is a folder")
     if args.load and (args.text or args.save or args.json):
         parser.error("--load trains nothing, so it takes no --text, --save or --json")
     torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
     torch.manual_seed(args.seed)
 
     if args.load:
+        if not args.load.is_file():
+            parser.error(f"--load: there is no file {args.load}")
         try:
             saved = torch.load(args.load, weights_only=True)
             characters = saved["characters"]
@@ -191,10 +199,16 @@ def main():
     else:
         try:
             text = args.text.read_text(encoding="utf-8") if args.text else help_texts()
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--text: {error}")
-        if not text:
-            parser.error(f"--text: {args.text} is empty")
+        except OSError as error:
+            parser.error(f"--text: {args.text} cannot be read: {error.strerror}")
+        except UnicodeDecodeError:
+            parser.error(f"--text: {args.text} is no text in UTF-8")
+        split = len(text) * 9 // 10
+        if split <= args.batch * args.window or len(text) - split < 2:
+            parser.error(
+                f"--text: {args.text or 'the help'} has {len(text)} characters, too few for --batch "
+                f"{args.batch} times --window {args.window} in the first nine tenths"
+            )
         characters = "".join(sorted(set(text)))
         model = CharModel(len(characters), args.hidden_size, args.dropout)
     if unknown := set(args.prompt) - set(characters):
@@ -202,11 +216,8 @@ def main():
 
     if not args.load:
         ids = torch.tensor([characters.index(character) for character in text])
-        split = len(text) * 9 // 10
-        if split <= args.batch * args.window or len(text) - split < 2:
-            parser.error("the text is too short for one step of --batch times --window characters")
         weights = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{len(text)} characters, {len(characters)} different; {weights} weights")
+        print(f"{len(text)} characters, {len(characters)} different; {weights} weights", flush=True)
         train(model, ids[:split], args.steps, args.batch, args.window, args.rate)
         if args.save:
             saved = {"model": model.state_dict(), "characters": characters, "hidden_size": args.hidden_size}

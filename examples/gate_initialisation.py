@@ -159,6 +159,8 @@ def main():
     parser.add_argument("--seeds", type=at_least(1), default=2)
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
+    if options.json and options.json.is_dir():
+        parser.error(f"--json must be a file; {options.json} is a folder")
     torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
 
     rows, gradients = {}, {}

@@ -124,23 +124,33 @@ def draw(path, densities):
     figure.savefig(path)
 
 
-def positive(text):
-    """For argparse: an integer above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
+def at_least(least):
+    """For argparse: an integer that is not smaller."""
+
+    def integer(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return int(text)
+
+    return integer
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hidden", type=positive, default=6, help="of the LSTM (default 6: 223 parameters)")
-    parser.add_argument("--steps", type=positive, default=400, help="of training (default 400)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--hidden", type=at_least(1), default=6, help="of the LSTM (default 6: 223 parameters)"
+    )
+    parser.add_argument("--steps", type=at_least(1), default=400, help="of training (default 400)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--plot", type=Path, help="draw both densities to this file; needs matplotlib")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib")
+    if args.plot and (args.plot.suffix != ".svg" or not args.plot.parent.is_dir()):
+        parser.error(f"--plot must be an .svg file in a folder that exists; got {args.plot}")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json must be a file; {args.json} is a folder")
 
     torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
     torch.manual_seed(args.seed)

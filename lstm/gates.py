@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from gatematch.checks import check_choice, check_kind
+from gatematch.checks import check_bool, check_choice, check_kind, check_number
 
 GATES = "ifgo"
 # Each packed parameter, in torch's order, and how the names of its gates begin; W_hr is a whole name.
@@ -71,8 +71,9 @@ def named_gates(module: nn.Module, *, grad: bool = False) -> dict[str, Tensor]:
     computed by this call, and what is written to them is lost; so it is once a parameter has been given other
     memory, as `module.to(...)` does: call again.
 
-    Raises TypeError for a module that is no LSTM.
+    Raises TypeError for a module that is no LSTM, and a `grad` that is no bool.
     """
+    check_bool("grad", grad)
     gates: dict[str, Tensor] = {}
     for name, tensor in packed_parameters(module).items():
         if not grad:
@@ -100,12 +101,14 @@ def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], o
             `"b_?f*": 1.0` would make a forget bias of 2.
 
     Returns the module. Raises, before anything is written, TypeError for a rule that is neither, and
-    ValueError for a pattern that matches no name or that matches a gate of a parametrised weight, which has
-    no memory of its own to write to.
+    ValueError for a constant that is not finite and for a pattern that matches no name or that matches a
+    gate of a parametrised weight, which has no memory of its own to write to.
     """
     check_kind("rules", rules, Mapping, "a mapping from patterns")
     for pattern, rule in rules.items():
         check_kind(f"rules[{pattern!r}]", rule, (Real, Callable), "a number or a function")
+        if not callable(rule):
+            check_number(f"rules[{pattern!r}]", rule)
     gates = named_gates(module)
     computed = _computed_gates(module)
     matches = {rule: [name for name in gates if fnmatchcase(name, rule)] for rule in rules}
@@ -156,6 +159,8 @@ def init_preset_(module: Module, preset: str, generator: torch.Generator | None 
     """
     packed = packed_parameters(module)
     check_choice("preset", preset, PRESETS)
+    if generator is not None:
+        check_kind("generator", generator, torch.Generator)
     if computed := _computed_gates(module):
         raise ValueError(
             f"module: expected parameters, got {min(computed)}, computed by a parametrisation; "

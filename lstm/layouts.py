@@ -16,20 +16,20 @@ is kept, except that NumPy has no bfloat16, so exporting that raises TypeError. 
 bias, export gives the sum of our two, and import sets the second to zero; without biases in the list there
 are none in the dict.
 
-An array of the wrong shape raises ValueError with its name, the shape expected and the shape got; a
-`weights` or `source` that is none of the above raises TypeError. All assume the usual activations: sigmoid
-for i, f and o, tanh for g and for the output.
+An array of the wrong shape raises ValueError with its name, the shape expected and the shape got; what is no
+array, or not of a floating dtype, and a `weights` or `source` that is none of the above raise TypeError.
+Arrays may be in either byte order. All assume the usual activations: sigmoid for i, f and o, tanh for g and
+for the output.
 """
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatematch.checks import check_kind, check_shape
+from gatematch.checks import check_bool, check_dtype, check_kind, check_number, check_shape
 
 from .gates import PARAMETERS, packed_parameters
 
@@ -66,9 +66,10 @@ def from_keras(weights: Sequence[Array], *, bidirectional: bool = False) -> dict
         bidirectional: whether the layers are `Bidirectional(LSTM(...))`, merge_mode "concat"; where
             I = H the shapes alone do not tell.
     """
+    check_bool("bidirectional", bidirectional)
     arrays = _tensors(weights)
     names = ("kernel", "recurrent_kernel", "bias")[: 3 if any(array.ndim == 1 for array in arrays) else 2]
-    directions = 1 + bidirectional
+    directions = 2 if bidirectional else 1
     _check_count(arrays, names, directions)
     hidden = min(arrays[1].shape, default=0)
 
@@ -110,11 +111,12 @@ def from_tf1(
         bidirectional: whether forward and backward cells alternate.
         forget_bias: what the cells add to the forget gate in every step; it becomes part of the bias.
     """
-    check_kind("forget_bias", forget_bias, Real, "a number")
+    check_bool("bidirectional", bidirectional)
+    check_number("forget_bias", forget_bias)
     arrays = _tensors(weights)
     biases = [array for array in arrays if array.ndim == 1]
     names = ("kernel", "bias", "projection_kernel")[: 3 if len(arrays) == 3 * len(biases) else 2]
-    directions = 1 + bidirectional
+    directions = 2 if bidirectional else 1
     _check_count(arrays, names, directions)
     hidden = max((biases or arrays)[0].shape, default=0) // 4  # without a bias, the check says so
     output = min(arrays[2].shape, default=0) if len(names) == 3 else hidden
@@ -146,7 +148,7 @@ def to_tf1(source: Source, *, forget_bias: float = 1.0) -> list[NumpyArray]:
     Returns kernel (I + H, 4H) and bias (4H,) for every direction of every layer; with a projection
     kernel (I + P, 4H), bias (4H,) and projection_kernel (H, P).
     """
-    check_kind("forget_bias", forget_bias, Real, "a number")
+    check_number("forget_bias", forget_bias)
     arrays = []
     for cell in _cells(source)[0]:
         kernel = torch.cat((cell.weight_ih, cell.weight_hh), 1)
@@ -205,18 +207,31 @@ def to_onnx(source: Source) -> list[NumpyArray]:
     return _numpy(arrays)
 
 
-def _tensor(array: Array) -> Tensor:
+def _tensor(name: str, array: Any) -> Tensor:
     """A copy, so that nothing returned shares memory with an argument."""
-    return array.detach().clone() if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
+    if isinstance(array, Tensor):
+        check_dtype(name, array.dtype)
+        return array.detach().clone()
+    if not hasattr(array, "__array__"):
+        hint = "; onnx.numpy_helper.to_array makes one of it" if type(array).__name__ == "TensorProto" else ""
+        raise TypeError(f"{name}: expected an array or a tensor, got {type(array).__name__}{hint}")
+    array = np.asarray(array)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
+        raise TypeError(f"{name}: expected dtype float64, float32 or float16, got {array.dtype}")
+    return torch.from_numpy(
+        array.astype(array.dtype.newbyteorder("="))
+    )  # torch has this machine's order alone
 
 
 def _tensors(weights: Sequence[Array]) -> list[Tensor]:
     if not isinstance(weights, Sequence) or isinstance(weights, str):
         raise TypeError(f"weights: expected a list of arrays, got {type(weights).__name__}")
-    return [_tensor(array) for array in weights]
+    return [_tensor(f"weights[{index}]", array) for index, array in enumerate(weights)]
 
 
 def _numpy(tensors: Sequence[Tensor]) -> list[NumpyArray]:
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("source: expected tensors that hold values, got device meta")
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         raise TypeError(
             "source: expected a dtype that NumPy has, got torch.bfloat16; convert to float32 first"
@@ -270,7 +285,8 @@ def _cells(source: Source) -> tuple[list[_Cell], int]:
 
     cells: list[_Cell] = []
     for suffix in suffixes:
-        found = {kind: _tensor(state[kind + suffix]) for kind in PARAMETERS if kind + suffix in state}
+        names = {kind: kind + suffix for kind in PARAMETERS if kind + suffix in state}
+        found = {kind: _tensor(name, state[name]) for kind, name in names.items()}
         if not {"weight_ih", "weight_hh"} <= found.keys() or ("bias_ih" in found) != ("bias_hh" in found):
             raise ValueError(
                 f"source: expected weight_ih{suffix}, weight_hh{suffix} and both biases or none, "

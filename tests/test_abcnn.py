@@ -104,7 +104,18 @@ def lively(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_the_equations(kind, variant, blocks):
     for width, Q, A in ((1, 3, 4), (3, 5, 2), (4, 1, 7), (2, 1, 1)):
-        model = lively(ABCNN(3, 7, 5, width, blocks, kind, variant, dtype=torch.float64))
+        model = lively(
+            ABCNN(
+                3,
+                length=7,
+                channels=5,
+                width=width,
+                blocks=blocks,
+                kind=kind,
+                variant=variant,
+                dtype=torch.float64,
+            )
+        )
         q, a = double(3, Q, 3), double(3, A, 3)
         a[0, 0] = q[0, 0]  # a shared word
         with torch.no_grad():
@@ -122,7 +133,11 @@ def test_against_the_equations(kind, variant, blocks):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_against_the_equations_whatever_padding_holds(kind, variant, blocks):
-    model = lively(ABCNN(3, 7, 5, 3, blocks, kind, variant, dtype=torch.float64))
+    model = lively(
+        ABCNN(
+            3, length=7, channels=5, width=3, blocks=blocks, kind=kind, variant=variant, dtype=torch.float64
+        )
+    )
     q_lengths, a_lengths = torch.tensor([5, 1, 4]), torch.tensor([1, 6, 3], dtype=torch.uint8)
     q, a = double(3, 5, 3), double(3, 6, 3)
     for rows, lengths in ((q, q_lengths), (a, a_lengths)):
@@ -152,11 +167,15 @@ def test_padding_changes_nothing_in_the_official_variant_and_does_in_the_papers(
     q, a = double(2, 3, 4), double(2, 5, 4)
     more_q, more_a = torch.cat([q, double(2, 4, 4)], 1), torch.cat([a, double(2, 1, 4)], 1)
     lengths = torch.full((2,), 3), torch.full((2,), 5)
-    official = lively(ABCNN(4, 8, 5, 3, 2, kind, dtype=torch.float64))
+    official = lively(ABCNN(4, length=8, channels=5, width=3, blocks=2, kind=kind, dtype=torch.float64))
     torch.testing.assert_close(official(more_q, more_a, *lengths), official(q, a), rtol=0, atol=1e-12)
-    paper = lively(ABCNN(4, 8, 5, 3, 2, kind, "paper", dtype=torch.float64))
+    paper = lively(
+        ABCNN(4, length=8, channels=5, width=3, blocks=2, kind=kind, variant="paper", dtype=torch.float64)
+    )
     torch.testing.assert_close(paper(more_q, more_a, *lengths), paper(q, a), rtol=0, atol=1e-12)
-    longer = lively(ABCNN(4, 9, 5, 3, 2, kind, "paper", dtype=torch.float64))
+    longer = lively(
+        ABCNN(4, length=9, channels=5, width=3, blocks=2, kind=kind, variant="paper", dtype=torch.float64)
+    )
     for block, other in zip(longer.blocks, paper.blocks, strict=True):
         block.weight, block.bias = other.weight, other.bias
         if block.attention is not None:
@@ -169,7 +188,10 @@ def test_padding_changes_nothing_in_the_official_variant_and_does_in_the_papers(
 def test_one_block_of_the_papers_abcnn2_is_bcnn_and_the_authors_is_not():
     q, a = double(2, 3, 4), double(2, 5, 4)
     for variant in VARIANTS:
-        one, two = (ABCNN(4, 8, 5, 3, 1, kind, variant, dtype=torch.float64) for kind in ("bcnn", "abcnn2"))
+        one, two = (
+            ABCNN(4, length=8, channels=5, width=3, blocks=1, kind=kind, variant=variant, dtype=torch.float64)
+            for kind in ("bcnn", "abcnn2")
+        )
         two.load_state_dict(one.state_dict())
         assert torch.equal(one(q, a), two(q, a)) == (variant == "paper")
 
@@ -178,7 +200,7 @@ MEMORY = """
 import resource, torch
 from gatematch.attention import ABCNN
 def run(L):
-    model = ABCNN(8, L, 8, 3, 2, "abcnn2", "{variant}")
+    model = ABCNN(8, length=L, channels=8, width=3, blocks=2, kind="abcnn2", variant="{variant}")
     q, a = torch.randn(1, L, 8, requires_grad=True), torch.randn(1, L, 8)
     model(q, a).sum().backward()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -234,7 +256,7 @@ def test_attention_pool_passes_its_path_on():
 def test_float16_weights_of_long_sentences_are_shares():
     """The sum of all scores is past the largest float16, 65504."""
     q = torch.randn(1, 1, 4).expand(1, 400, 4) + 0.01 * torch.randn(1, 400, 4)
-    model = ABCNN(4, 400, 5, 3, kind="abcnn2")
+    model = ABCNN(4, length=400, channels=5, width=3, kind="abcnn2")
     want, pooled = model(q, q), attention_pool(q, q, 3, normalize=True)[0]
     half = copy.deepcopy(model).half()
     torch.testing.assert_close(half(q.half(), q.half()).float(), want, rtol=0, atol=0.01)
@@ -247,7 +269,7 @@ def test_float16_weights_of_long_sentences_are_shares():
 
 def test_lengths_of_unsigned_types():
     q, a = double(2, 5, 2), double(2, 4, 2)
-    model = lively(ABCNN(2, 5, 3, dtype=torch.float64))
+    model = lively(ABCNN(2, length=5, channels=3, dtype=torch.float64))
     for unsigned in (torch.uint16, torch.uint32, torch.uint64):
         lengths = torch.tensor([5, 2], dtype=unsigned), torch.tensor([0, 4], dtype=unsigned)
         whole = [n.long() for n in lengths]
@@ -259,7 +281,7 @@ def test_lengths_of_unsigned_types():
 
 def test_lengths_of_small_integer_types_do_not_wrap_around():
     q, a = double(1, 127, 2), double(1, 3, 2)
-    model = lively(ABCNN(2, 127, 3, dtype=torch.float64))
+    model = lively(ABCNN(2, length=127, channels=3, dtype=torch.float64))
     for small in (torch.int8, torch.uint8):
         lengths = torch.tensor([126], dtype=small), torch.tensor([3], dtype=small)
         assert torch.equal(model(q, a, *lengths), model(q, a, *(n.long() for n in lengths)))
@@ -269,7 +291,19 @@ def test_lengths_of_small_integer_types_do_not_wrap_around():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives(kind, variant):
-    model = lively(ABCNN(2, 4, 2, 2, 2, kind, variant, classes=2, dtype=torch.float64))
+    model = lively(
+        ABCNN(
+            2,
+            length=4,
+            channels=2,
+            width=2,
+            blocks=2,
+            kind=kind,
+            variant=variant,
+            classes=2,
+            dtype=torch.float64,
+        )
+    )
     names = dict(model.named_parameters())
     q, a = double(2, 3, 2).requires_grad_(), double(2, 4, 2).requires_grad_()
     lengths = torch.tensor([3, 2]), torch.tensor([1, 4])
@@ -284,7 +318,9 @@ def test_derivatives(kind, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_second_derivatives_beside_an_empty_sentence(variant):
-    model = ABCNN(2, 4, 2, 2, 2, "bcnn", variant, dtype=torch.float64)
+    model = ABCNN(
+        2, length=4, channels=2, width=2, blocks=2, kind="bcnn", variant=variant, dtype=torch.float64
+    )
     q, a = double(2, 3, 2).requires_grad_(), double(2, 4, 2).requires_grad_()
     lengths = torch.tensor([3, 0]), torch.tensor([0, 4])
     assert gradgradcheck(lambda q, a: model(q, a, *lengths), (q, a))
@@ -296,7 +332,7 @@ def test_second_derivatives_beside_an_empty_sentence(variant):
 
 def test_similarities_of_tiny_and_huge_vectors():
     q, a = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
-    model = ABCNN(4, 6, kind="bcnn")
+    model = ABCNN(4, length=6, kind="bcnn")
     for scale in (1e-25, 1e25):
         torch.testing.assert_close(model(q * scale, a / scale)[:, 0], model(q, a)[:, 0])
         grad = torch.autograd.grad(model(x := (q * scale).requires_grad_(), a)[:, 0].sum(), x)[0]
@@ -306,11 +342,11 @@ def test_similarities_of_tiny_and_huge_vectors():
 
 def test_similarities_do_not_pass_one_and_keep_their_derivatives_there():
     q = torch.randn(500, 5, 7)
-    similarities = ABCNN(7, 5, kind="bcnn")(q, torch.cat([q[:250], -q[250:]]))[:, 0]
+    similarities = ABCNN(7, length=5, kind="bcnn")(q, torch.cat([q[:250], -q[250:]]))[:, 0]
     assert similarities.max() == 1 and similarities.min() == -1
 
     x = torch.randn(500, 1, 7).requires_grad_()
-    (grad,) = torch.autograd.grad(ABCNN(7, 5)(x, x.detach())[:, 0].sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(ABCNN(7, length=5)(x, x.detach())[:, 0].sum(), x, create_graph=True)
     direction = torch.randn_like(x)
     (second,) = torch.autograd.grad(grad, x, direction)
     unit = x.detach() / x.detach().norm(dim=2, keepdim=True)
@@ -323,7 +359,7 @@ def test_similarities_do_not_pass_one_and_keep_their_derivatives_there():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equal_and_empty_sentences_and_zero_vectors_are_finite(variant, dtype):
     for width in (1, 4):
-        model = ABCNN(4, 6, 5, width, variant=variant, dtype=dtype)
+        model = ABCNN(4, length=6, channels=5, width=width, variant=variant, dtype=dtype)
         q = torch.randn(3, 5, 4).to(dtype)
         q[1] = 0
         q.requires_grad_()
@@ -339,7 +375,7 @@ def test_equal_and_empty_sentences_and_zero_vectors_are_finite(variant, dtype):
 
 def test_a_zero_vector_gets_a_bounded_gradient():
     q, a = torch.zeros(1, 3, 4, requires_grad=True), torch.randn(1, 5, 4)
-    model = ABCNN(4, 6)
+    model = ABCNN(4, length=6)
     model(q, a).sum().backward()
     assert q.grad.abs().max() < 10
     assert all(parameter.grad.abs().max() < 100 for parameter in model.parameters())
@@ -349,7 +385,7 @@ def test_low_precision_and_autocast_are_near_float32():
     q, a = torch.randn(4, 6, 8), torch.randn(4, 7, 8)
     lengths = torch.tensor([6, 3, 2, 1]), torch.tensor([1, 7, 4, 2])
     for kind in KINDS:
-        model = ABCNN(8, 7, 6, 3, kind=kind)
+        model = ABCNN(8, length=7, channels=6, width=3, kind=kind)
         want = model(q, a, *lengths)
         for dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", dtype):
@@ -363,8 +399,8 @@ def test_low_precision_and_autocast_are_near_float32():
 
 def test_embedding_gives_what_its_vectors_give_and_learns():
     embedding = nn.Embedding(9, 4, padding_idx=0)
-    model = ABCNN(4, 6, embedding=embedding)
-    plain = ABCNN(4, 6)
+    model = ABCNN(4, length=6, embedding=embedding)
+    plain = ABCNN(4, length=6)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("embedding.")})
     q, a = torch.randint(1, 9, (3, 5)), torch.randint(1, 9, (3, 6), dtype=torch.int32)
     lengths = torch.tensor([5, 2, 1]), torch.tensor([6, 1, 3])
@@ -380,7 +416,7 @@ def test_embedding_gives_what_its_vectors_give_and_learns():
 
 
 def test_parameters_state_copies_and_repr():
-    model = ABCNN(4, 6, 5, 3, 2, "abcnn3", "paper", classes=2)
+    model = ABCNN(4, length=6, channels=5, width=3, blocks=2, kind="abcnn3", variant="paper", classes=2)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == {
         "blocks.0.attention.weight_q": (4, 6),
@@ -394,20 +430,20 @@ def test_parameters_state_copies_and_repr():
         "classifier.weight": (2, 3),
         "classifier.bias": (2,),
     }
-    assert "4, 6, channels=5, width=3, kind='abcnn3', variant='paper'" in repr(model)
+    assert "4, length=6, channels=5, width=3, kind='abcnn3', variant='paper'" in repr(model)
     q, a = torch.randn(2, 5, 4), torch.randn(2, 6, 4)
     want = model(q, a)
     assert want.shape == (2, 2)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    other = ABCNN(4, 6, 5, 3, 2, "abcnn3", "paper", classes=2)
+    other = ABCNN(4, length=6, channels=5, width=3, blocks=2, kind="abcnn3", variant="paper", classes=2)
     assert not torch.equal(other(q, a), want)
     other.load_state_dict(torch.load(file, weights_only=True))
     for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(same(q, a), want)
     assert model.blocks[0].attention.weight_q is not model.blocks[0].attention.weight_a
-    official = copy.deepcopy(ABCNN(4, 6))
+    official = copy.deepcopy(ABCNN(4, length=6))
     assert not any(name.endswith("weight_a") for name in official.state_dict())
     assert len(list(official.parameters())) == 2 * 3  # one attention weight, one convolution a block
 
@@ -422,7 +458,7 @@ def test_a_replica_as_data_parallel_makes_them():
         return replica
 
     for variant in VARIANTS:
-        model = ABCNN(4, 6, variant=variant, classes=2)
+        model = ABCNN(4, length=6, variant=variant, classes=2)
         replica = replicate(model)
         assert not list(replica.parameters())
         assert torch.equal(replica(q0, a0), model(q0, a0))
@@ -430,18 +466,18 @@ def test_a_replica_as_data_parallel_makes_them():
 
 def test_autocast_does_not_unite_float64_with_others():
     with torch.autocast("cpu", torch.bfloat16):
-        double = ABCNN(4, 5, dtype=torch.float64)
+        double = ABCNN(4, length=5, dtype=torch.float64)
         assert double(q0.double(), a0.double()).isfinite().all()
-        ABCNN(4, 5, dtype=torch.bfloat16)(q0, a0)
+        ABCNN(4, length=5, dtype=torch.bfloat16)(q0, a0)
         with pytest.raises(TypeError, match=r"dtype torch\.float32 as the weights, got torch\.float64"):
-            ABCNN(4, 5)(q0.double(), a0.double())
+            ABCNN(4, length=5)(q0.double(), a0.double())
         with pytest.raises(TypeError, match=r"dtype torch\.float64 as the weights, got torch\.float32"):
             double(q0, a0)
 
 
 def test_it_learns_to_tell_pairs_that_share_a_word():
     words = torch.randn(30, 8)
-    model = ABCNN(8, 6, 16, 3, 2, classes=1)
+    model = ABCNN(8, length=6, channels=16, width=3, blocks=2, classes=1)
     optimizer = torch.optim.Adam(model.parameters(), 0.03)
     losses = []
     for _ in range(100):
@@ -459,55 +495,89 @@ def test_it_learns_to_tell_pairs_that_share_a_word():
 
 
 q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
-by_id = ABCNN(4, 5, embedding=nn.Embedding(9, 4))
+by_id = ABCNN(4, length=5, embedding=nn.Embedding(9, 4))
 ids = torch.zeros(2, 3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: ABCNN(0, 5), ValueError, "features: expected at least 1, got 0"),
-        (lambda: ABCNN(4, 5.0), TypeError, "length: expected an int, got float"),
-        (lambda: ABCNN(4, 5, channels=True), TypeError, "channels: expected an int, got bool"),
-        (lambda: ABCNN(4, 5, width=0), ValueError, "width: expected at least 1, got 0"),
-        (lambda: ABCNN(4, 5, blocks=0), ValueError, "blocks: expected at least 1, got 0"),
-        (lambda: ABCNN(4, 5, classes=0), ValueError, "classes: expected at least 1, got 0"),
-        (lambda: ABCNN(4, 5, kind="abcnn4"), ValueError, "kind: expected one of 'bcnn', .*, got 'abcnn4'"),
+        (lambda: ABCNN(0, length=5), ValueError, "features: expected at least 1, got 0"),
+        (lambda: ABCNN(4, length=5.0), TypeError, "length: expected an int, got float"),
+        (lambda: ABCNN(4, length=5, channels=True), TypeError, "channels: expected an int, got bool"),
+        (lambda: ABCNN(4, length=5, width=0), ValueError, "width: expected at least 1, got 0"),
+        (lambda: ABCNN(4, length=5, blocks=0), ValueError, "blocks: expected at least 1, got 0"),
+        (lambda: ABCNN(4, length=5, classes=0), ValueError, "classes: expected at least 1, got 0"),
         (
-            lambda: ABCNN(4, 5, variant="own"),
+            lambda: ABCNN(4, length=5, kind="abcnn4"),
+            ValueError,
+            "kind: expected one of 'bcnn', .*, got 'abcnn4'",
+        ),
+        (
+            lambda: ABCNN(4, length=5, variant="own"),
             ValueError,
             "variant: expected one of 'official', 'paper', got 'own'",
         ),
-        (lambda: ABCNN(4, 5, embedding=9), TypeError, r"embedding: expected a torch\.nn\.Embedding, got int"),
         (
-            lambda: ABCNN(4, 5, embedding=nn.Embedding(9, 3)),
+            lambda: ABCNN(4, length=5, embedding=9),
+            TypeError,
+            r"embedding: expected a torch\.nn\.Embedding, got int",
+        ),
+        (
+            lambda: ABCNN(4, length=5, embedding=nn.Embedding(9, 3)),
             ValueError,
             "embedding: expected features = 4 columns, got 3",
         ),
-        (lambda: ABCNN(4, 4)(q0, a0), ValueError, "a: expected from 1 to length = 4 rows, got 5"),
-        (lambda: ABCNN(4, 5)(q0[:, :0], a0), ValueError, "q: expected from 1 to length = 5 rows, got 0"),
-        (lambda: ABCNN(3, 5)(q0, a0), ValueError, "q: expected features = 3 columns, got shape"),
+        (lambda: ABCNN(4, length=4)(q0, a0), ValueError, "a: expected from 1 to length = 4 rows, got 5"),
         (
-            lambda: ABCNN(4, 5)(q0, a0[..., :3]),
+            lambda: ABCNN(4, length=5)(q0[:, :0], a0),
             ValueError,
-            r"a: expected shape \(2, any, 4\), got \(2, 5, 3\)",
+            "q: expected from 1 to length = 5 rows, got 0",
         ),
-        (lambda: ABCNN(4, 5)(q0, a0[:1]), ValueError, r"a: expected shape \(2, any, 4\), got \(1, 5, 4\)"),
-        (lambda: ABCNN(4, 5)(q0.tolist(), a0), TypeError, "q: expected a Tensor, got list"),
-        (lambda: ABCNN(4, 5)(ids, ids), TypeError, "q: expected dtype torch.float64, .*, got torch.int64"),
+        (lambda: ABCNN(3, length=5)(q0, a0), ValueError, "q: expected features = 3 columns, got shape"),
         (
-            lambda: ABCNN(4, 5)(q0.double(), a0.double()),
+            lambda: ABCNN(4, length=5)(q0[..., :3], a0),
+            ValueError,
+            "q: expected features = 4 columns, got shape",
+        ),
+        (
+            lambda: ABCNN(4, length=5)(q0.double(), a0),
             TypeError,
             "q: expected dtype torch.float32 as the weights, got torch.float64",
         ),
         (
-            lambda: ABCNN(4, 5, device="meta")(q0, a0),
+            lambda: ABCNN(4, length=5)(q0, a0[..., :3]),
+            ValueError,
+            r"a: expected shape \(2, any, 4\), got \(2, 5, 3\)",
+        ),
+        (
+            lambda: ABCNN(4, length=5)(q0, a0[:1]),
+            ValueError,
+            r"a: expected shape \(2, any, 4\), got \(1, 5, 4\)",
+        ),
+        (lambda: ABCNN(4, length=5)(q0.tolist(), a0), TypeError, "q: expected a Tensor, got list"),
+        (
+            lambda: ABCNN(4, length=5)(ids, ids),
+            TypeError,
+            "q: expected dtype torch.float64, .*, got torch.int64",
+        ),
+        (
+            lambda: ABCNN(4, length=5)(q0.double(), a0.double()),
+            TypeError,
+            "q: expected dtype torch.float32 as the weights, got torch.float64",
+        ),
+        (
+            lambda: ABCNN(4, length=5, device="meta")(q0, a0),
             ValueError,
             "q: expected device meta as the weights, got cpu",
         ),
-        (lambda: ABCNN(4, 5)(q0, a0, torch.ones(3).long()), ValueError, r"q_lengths: expected shape \(2,\)"),
         (
-            lambda: ABCNN(4, 5)(q0, a0, a_lengths=torch.tensor([1, 6])),
+            lambda: ABCNN(4, length=5)(q0, a0, torch.ones(3).long()),
+            ValueError,
+            r"q_lengths: expected shape \(2,\)",
+        ),
+        (
+            lambda: ABCNN(4, length=5)(q0, a0, a_lengths=torch.tensor([1, 6])),
             ValueError,
             "a_lengths: expected values from 0 to A = 5, got 6",
         ),
@@ -526,22 +596,22 @@ ids = torch.zeros(2, 3, dtype=torch.int64)
         (lambda: by_id(ids - 1, ids), ValueError, "q: expected values from 0 to .* = 8, got -1; padding has"),
         (lambda: by_id(ids.to("meta"), ids), ValueError, "q: expected device cpu as the embedding, got meta"),
         (
-            lambda: ABCNN(4, 5, embedding=nn.Embedding(9, 4, dtype=torch.float64))(ids, ids),
+            lambda: ABCNN(4, length=5, embedding=nn.Embedding(9, 4, dtype=torch.float64))(ids, ids),
             TypeError,
             "embedding: expected dtype torch.float32 as the weights, got torch.float64",
         ),
         (
-            lambda: ABCNN(4, 5, embedding=nn.Embedding(9, 4), device="meta")(ids, ids),
+            lambda: ABCNN(4, length=5, embedding=nn.Embedding(9, 4), device="meta")(ids, ids),
             ValueError,
             "embedding: expected device meta as the weights, got cpu",
         ),
         (
-            lambda: ABCNN(4, 5, dtype=torch.complex64),
+            lambda: ABCNN(4, length=5, dtype=torch.complex64),
             TypeError,
             "dtype: expected dtype torch.float64, .*, got torch.complex64",
         ),
         (
-            lambda: ABCNN(4, 5, dtype=torch.int64),
+            lambda: ABCNN(4, length=5, dtype=torch.int64),
             TypeError,
             "dtype: expected dtype torch.float64, .*, got torch.int64",
         ),

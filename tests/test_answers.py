@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -513,6 +514,22 @@ def test_a_run_writes_results_and_pictures_that_the_results_alone_redraw(tmp_pat
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     picture = (tmp_path / "out" / "attention.svg").read_text()
     assert all(f">{word}<" in picture for word in (*attention["question"], *attention["answer"]))
+
+
+def test_a_log_has_the_line_of_an_epoch_when_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch, logs = train.Trainer.epoch, []
+
+    def noted(self: train.Trainer, *args: object) -> None:
+        logs.append(sys.stdout.buffer.getvalue().decode())  # type: ignore[attr-defined]
+        epoch(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train.Trainer, "epoch", noted)
+    assert CliRunner().invoke(app, answers(tmp_path)).exit_code == 0
+    assert logs[:2] == ["", ""] and logs[2] == logs[3]
+    numbers = r"loss \d+\.\d{4} dev MAP \d\.\d{3}"
+    assert re.fullmatch(rf"epoch 1/2  ours: {numbers}  peer: {numbers}\n", logs[2])
 
 
 def test_an_abcnn_run_has_no_peer_and_its_checkpoint_is_no_other_models(tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_modules():
     q, a = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
     lengths = torch.tensor([5, 2, 0]), torch.tensor([6, 1, 3])
     torch.testing.assert_close(PairwiseAttention()(q, a, *lengths), pairwise_attention(q, a, *lengths))
-    features = AttentionFeatures(8, 4)
+    features = AttentionFeatures(4, length=8)
     assert {name: tuple(p.shape) for name, p in features.named_parameters()} == {
         "weight_q": (4, 8),
         "weight_a": (4, 8),
@@ -420,26 +420,26 @@ def test_modules():
     assert not F_q[1, 2:].any() and not F_a[1, 1:].any()
     (F_q.sum() + F_a.sum()).backward()
     assert features.weight_q.grad.any() and features.weight_a.grad.any()
-    shared = AttentionFeatures(8, 4, shared=True)
+    shared = AttentionFeatures(4, length=8, shared=True)
     assert len(list(shared.parameters())) == 1 and "shared=True" in repr(shared)
     torch.testing.assert_close(features(q[0], a[0])[0], features(q[:1], a[:1])[0][0])
 
 
 def test_a_shared_weight_stays_one():
     q, a = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
-    shared = AttentionFeatures(8, 4, shared=True)
+    shared = AttentionFeatures(4, length=8, shared=True)
     assert list(shared.state_dict()) == ["weight_q"]
-    both = AttentionFeatures(8, 4)
+    both = AttentionFeatures(4, length=8)
     both.load_state_dict(dict.fromkeys(("weight_q", "weight_a"), shared.weight_q))
     torch.testing.assert_close(shared(q, a), both(q, a))
 
-    empty = AttentionFeatures(8, 4, shared=True, device="meta").to_empty(device="cpu")
+    empty = AttentionFeatures(4, length=8, shared=True, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         for parameter in empty.parameters():
             parameter.fill_(math.nan)
     empty.reset_parameters()
     assert all(rows.isfinite().all() for rows in empty(q, a))
-    assigned = AttentionFeatures(8, 4, shared=True, device="meta")
+    assigned = AttentionFeatures(4, length=8, shared=True, device="meta")
     assigned.load_state_dict(shared.state_dict(), assign=True)
     for module in (empty, assigned):
         assert len(list(module.parameters())) == 1
@@ -551,19 +551,28 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
             ValueError,
             "normalize: expected one of None, 'rows', got 'cols'",
         ),
-        (lambda: AttentionFeatures(4, 4)(q0, a0), ValueError, "a: expected at most length = 4 rows, got 5"),
-        (lambda: AttentionFeatures(0, 4), ValueError, "length: expected at least 1, got 0"),
         (
-            lambda: AttentionFeatures(5, 4)(q0.double(), a0.double()),
+            lambda: AttentionFeatures(4, length=4)(q0, a0),
+            ValueError,
+            "a: expected at most length = 4 rows, got 5",
+        ),
+        (lambda: AttentionFeatures(4, length=0), ValueError, "length: expected at least 1, got 0"),
+        (
+            lambda: AttentionFeatures(4, length=5)(q0.double(), a0),
             TypeError,
             "q: expected dtype torch.float32 as the weights, got torch.float64",
         ),
         (
-            lambda: AttentionFeatures(5, 4, device="meta")(q0, a0),
+            lambda: AttentionFeatures(4, length=5)(q0.double(), a0.double()),
+            TypeError,
+            "q: expected dtype torch.float32 as the weights, got torch.float64",
+        ),
+        (
+            lambda: AttentionFeatures(4, length=5, device="meta")(q0, a0),
             ValueError,
             "q: expected device meta as the weights, got cpu",
         ),
-        (lambda: AttentionFeatures(4, 4, shared="no"), TypeError, "shared: expected a bool, got str"),
+        (lambda: AttentionFeatures(4, length=4, shared="no"), TypeError, "shared: expected a bool, got str"),
         (
             lambda: pairwise_attention(q0.to("meta"), a0),
             ValueError,
@@ -575,7 +584,7 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
             "q: expected at least one feature, got shape",
         ),
         (
-            lambda: AttentionFeatures(4, 4, dtype=torch.int8),
+            lambda: AttentionFeatures(4, length=4, dtype=torch.int8),
             TypeError,
             "dtype: expected dtype .* or torch.bfloat16, got torch.int8",
         ),
@@ -584,7 +593,7 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
             ValueError,
             "q_lengths: expected values from 0 to Q = 3, got 4",
         ),
-        (lambda: AttentionFeatures(4, 4.0), TypeError, "features: expected an int, got float"),
+        (lambda: AttentionFeatures(4.0, length=4), TypeError, "features: expected an int, got float"),
     ],
 )
 def test_errors_name_the_argument(call, error, words):

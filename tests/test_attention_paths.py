@@ -46,8 +46,8 @@ FUNCTIONS = {
     "attention": lambda: pairwise_attention,
     "attend": lambda: lambda q, a: pairwise_attend(q, a, a, "rows"),
     "sums": lambda: lambda q, a: torch.cat(pairwise_sums(q, a), 1),
-    "features": lambda: Joined(AttentionFeatures(40, 3)),
-    "abcnn3": lambda: ABCNN(20, 40, kind="abcnn3"),
+    "features": lambda: Joined(AttentionFeatures(3, length=40)),
+    "abcnn3": lambda: ABCNN(20, length=40, kind="abcnn3"),
 }
 
 

@@ -5,6 +5,9 @@ import json
 import os
 import re
 import runpy
+import select
+import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -14,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from gatematch.attention import pairwise_sums
-from gatematch.bench import cases, check, pairwise_problems, plots, problems, speed
+from gatematch.bench import cases, check, pairwise_problems, plots, problems, progress, speed
 from gatematch.bench.__main__ import app
 from gatematch.bench.markdown import markdown
 from gatematch.bench.overview import overview
@@ -295,6 +298,12 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
     no_scores = tmp_path / "scores.json"
     whole = Path(__file__).parent.parent / "bench" / "results" / "cpu" / "answers.json"
     no_scores.write_text(whole.read_text().replace('"mrr"', '"other"', 2))
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    binary = tmp_path / "binary.md"
+    binary.write_bytes(b"page \xff")
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- sample {no_peers} -->\n```text\n```\n")
     no_ours = tmp_path / "speed.json"
     no_ours.write_text(
         '{"meta": {}, "rows": [{"case": "lstm/x", "peers": {}}, {"case": "lstm/x", "peers": {}}]}'
@@ -319,6 +328,17 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         (("plot", empty), f"results file {empty} must hold"),
         (("table", tmp_path), f"results file {tmp_path} cannot be read: Is a directory"),
         (("table", no_ours), "lacks what a table needs"),
+        (("table", deep), "is not JSON"),
+        (("table", binary), f"results file {binary} must be UTF-8 text; byte 5 is not"),
+        (("pages", tmp_path), f"page {tmp_path} cannot be read: Is a directory"),
+        (("pages", tmp_path / "none.md"), f"page {tmp_path / 'none.md'} does not exist"),
+        (("pages", binary), f"page {binary} must be UTF-8 text; byte 5 is not"),
+        (("pages", page), f"results file {no_peers} must come from an example that writes a text"),
+        (("plot", COMMITTED / "speed.json", "--out", broken), f"{broken} cannot be used: File exists"),
+        (("overview", COMMITTED, "--out", broken), f"{broken} cannot be used: File exists"),
+        (("speed", "--seconds", "inf"), "'--seconds'"),
+        (("kernels", "--jobs", "1000000"), "'--jobs'"),
+        (("answers", "--threads", "1000000"), "'--threads'"),
         (("check", "--device", "meta"), "only cpu and cuda"),
         (("check", "--json", tmp_path), "--json must be a file; got the folder"),
         (("speed", "--json", broken / "x.json"), "--json must be a file that can be written"),
@@ -326,3 +346,40 @@ def test_commands_answer_wrong_options_in_a_sentence(tmp_path):
         code, output = run(*arguments)
         assert code == 2 and words in output.replace("\n", " "), output
         assert "Traceback" not in output
+        assert output.count("\n") == 1 or output.startswith("Usage: "), output
+
+
+def test_how_far_a_long_command_is_stands_on_stderr(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    assert list(progress.track([4, 5], "speed")) == [4, 5]
+    assert list(progress.track(iter([4]), "check")) == [4]
+    assert list(progress.track(iter([4]), "kernels", 3)) == [4]
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "speed: 1 of 2\nspeed: 2 of 2\ncheck: 1\nkernels: 1 of 3\n")
+    monkeypatch.setattr(progress, "PAUSE", 10.0)
+    assert list(progress.track(range(9), "speed")) == list(range(9))
+    assert capsys.readouterr().err == ""
+
+
+def test_each_line_of_a_command_is_in_its_log_at_once():
+    """Of a process whose output is no terminal, and which then waits for what may take minutes."""
+    program = """
+import sys
+from gatematch.bench.console import app
+
+@app.command()
+def long():
+    print("a line")
+    sys.stdin.readline()
+
+app(["long"])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        readable, _, _ = select.select([child.stdout], [], [], 60)
+        line = child.stdout.readline() if readable else "nothing"
+        child.communicate("\n")
+    assert (line, child.returncode) == ("a line\n", 0)

@@ -20,7 +20,16 @@ from gatematch.attention import (
     pairwise_sums,
 )
 from gatematch.attention import functional as attention
-from gatematch.checks import check_choice, check_dtype, check_int, check_kind, check_lengths, check_shape
+from gatematch.checks import (
+    check_bool,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_kind,
+    check_lengths,
+    check_number,
+    check_shape,
+)
 from gatematch.lstm import LSTM
 from gatematch.lstm import functional as lstm
 
@@ -45,7 +54,7 @@ def messages() -> dict[str, str]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
                     continue
-                if ast.unparse(node.exc.func) in ("TypeError", "ValueError", "RuntimeError"):
+                if ast.unparse(node.exc.func) in ("TypeError", "ValueError", "RuntimeError", "MemoryError"):
                     (message,) = node.exc.args
                     parts = message.values if isinstance(message, ast.JoinedStr) else [message]
                     text = [part.value if isinstance(part, ast.Constant) else "X" for part in parts]
@@ -75,6 +84,12 @@ x = torch.zeros(2, 3, 4)
             TypeError,
             "n: expected a name, got int; say why",
         ),
+        (check_bool, (1,), TypeError, "n: expected a bool, got int"),
+        (check_number, ("1",), TypeError, "n: expected a number, got str"),
+        (check_number, (True,), TypeError, "n: expected a number, got bool"),
+        (check_number, (float("-inf"),), ValueError, "n: expected a finite number, got -inf"),
+        (check_number, (10**309,), ValueError, f"n: expected a finite number, got {10**309}"),
+        (check_number, (0, 0), ValueError, "n: expected a finite number over 0, got 0"),
         (check_int, (2.0, 1), TypeError, "n: expected an int, got float"),
         (check_int, (True, 1), TypeError, "n: expected an int, got bool"),
         (check_int, (0, 1), ValueError, "n: expected at least 1, got 0"),
@@ -151,9 +166,9 @@ def test_ops_get_lengths_from_the_cpu_on_the_device_of_their_inputs(monkeypatch:
         lambda: pairwise_sums(q, a, **both),
         lambda: pairwise_attend(q, a, a, **both),
         lambda: attention_pool(q, a, 2, **both),
-        lambda: AttentionFeatures(5, 4, device="meta")(q, a, **both),
-        lambda: ABCNN(4, 5, device="meta")(q, a, **both),
-        lambda: ABCNN(4, 5, variant="paper", device="meta")(q, a, **both),
+        lambda: AttentionFeatures(4, length=5, device="meta")(q, a, **both),
+        lambda: ABCNN(4, length=5, device="meta")(q, a, **both),
+        lambda: ABCNN(4, length=5, variant="paper", device="meta")(q, a, **both),
         lambda: LSTM(4, 3, batch_first=True, device="meta", impl="torch")(q, lengths=q_lengths),
     ]
     for call_op in calls:

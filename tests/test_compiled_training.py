@@ -52,7 +52,7 @@ class Pairwise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = AttentionFeatures(40, 2)
+        self.features = AttentionFeatures(2, length=40)
 
     def batch(self, Q: int, A: int) -> tuple:
         rows = (torch.randn(B, n, D, requires_grad=True) for n in (Q, A))
@@ -72,7 +72,7 @@ class Pairwise(nn.Module):
 class Convolutional(Pairwise):
     def __init__(self) -> None:
         super().__init__()
-        self.features = ABCNN(D, 40, channels=3)
+        self.features = ABCNN(D, length=40, channels=3)
 
     def forward(self, q, a, *lengths):
         return self.features(q, a, *lengths).square().sum()

@@ -3,6 +3,7 @@
 import math
 import sys
 import tracemalloc
+import warnings
 import weakref
 
 import numpy as np
@@ -196,10 +197,31 @@ def test_unused_and_linear_parameters_have_zero_rows():
     used, unused, linear = leaf(2), leaf(3), leaf(4)
     H = hessian(lambda: (used**3).sum() + linear.sum(), [used, unused, linear])
     assert torch.equal(H, torch.diag(torch.cat([6 * used, torch.zeros(7)])).detach())
-    for loss_fn in (lambda: linear.sum(), lambda: torch.ones(())):
-        assert torch.equal(hessian(loss_fn, [linear, used]), torch.zeros(6, 6, dtype=double))
-        assert torch.equal(hvp(loss_fn, [linear], torch.ones(4, dtype=double)), torch.zeros(4, dtype=double))
-        assert not (HessianOperator(loss_fn, [linear]) @ np.ones(4)).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_zero(lambda: linear.sum(), linear)
+
+
+def assert_zero(loss_fn, w):
+    v, P = torch.ones(w.numel(), dtype=double), w.numel()
+    assert torch.equal(hessian(loss_fn, [w]), torch.zeros(P, P, dtype=double))
+    assert torch.equal(hvp(loss_fn, [w], v), torch.zeros_like(v))
+    op = HessianOperator(loss_fn, [w])
+    assert not (op @ np.ones(P)).any() and trace(op) == (0, 0)
+
+
+@pytest.mark.parametrize("take", [hessian, HessianOperator, lambda f, p: hvp(f, p, torch.ones(4).double())])
+def test_a_loss_that_depends_on_no_parameter_warns_once(take):
+    w, other = leaf(4), leaf(2)
+    for loss_fn in (lambda: torch.ones(()), lambda: (other**3).sum()):
+        with pytest.warns(
+            UserWarning, match=r"^loss_fn: expected a loss that depends on params, got"
+        ) as caught:
+            take(loss_fn, [w])
+        assert [warning.filename for warning in caught] == [__file__]  # the caller's line
+        with pytest.warns(UserWarning) as caught:
+            assert_zero(loss_fn, w)
+        assert len(caught) == 3
 
 
 def test_a_view_that_the_loss_does_not_read_raises():
@@ -734,7 +756,7 @@ def test_the_smooth_density_integrates_to_one():
     grid = np.linspace(density.nodes[0] - 5, density.nodes[-1] + 5, 4000)
     values = density.smooth(grid, 0.5)
     assert values.shape == grid.shape and np.trapezoid(values, grid) == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="width: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match=r"^width: expected a finite number over 0, got 0$"):
         density.smooth(grid, 0)
 
 
@@ -820,6 +842,43 @@ def test_sparse_gradients_are_refused():
 def test_bad_vectors(vector, error, message):
     with pytest.raises(error, match=message):
         hvp(lambda: (w**3).sum(), [w], vector)
+
+
+def test_a_matrix_too_large_for_memory_is_refused_before_the_loss_is_called(monkeypatch):
+    def untouched():
+        raise AssertionError("the loss was called")
+
+    huge = leaf(1, dtype=torch.float32).detach().expand(10**8).requires_grad_()
+    if sys.platform == "linux":
+        with pytest.raises(MemoryError, match=r"and 8e\+07 GB; HessianOperator needs no matrix$"):
+            hessian(untouched, [huge])
+    two = [leaf(30), leaf(40)]
+    for blocks, needed in ((False, 2 * 8 * 70**2), (True, 2 * 8 * (30**2 + 40**2))):
+        monkeypatch.setattr(matrix, "_available", lambda device, needed=needed: needed - 1)
+        with pytest.raises(
+            MemoryError, match=r"^params: expected a Hessian that fits twice into .* got 70 elem"
+        ):
+            hessian(untouched, two, block_diagonal=blocks)
+        for enough in (needed, None):
+            monkeypatch.setattr(matrix, "_available", lambda device, enough=enough: enough)
+            assert len(hessian(lambda: (two[0] ** 3).sum() + two[1].sum(), two, block_diagonal=blocks))
+
+
+def test_memory_of_a_machine_a_container_and_a_gpu(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    assert matrix._available(cpu, tmp_path) is None and matrix._available(torch.device("meta")) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(
+        "MemTotal: 9 kB\nMemAvailable:       5 kB\nSwapFree:     2 kB\nHugePages_Total:       0\n"
+    )
+    assert matrix._available(cpu, tmp_path) == 7 * 1024
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    for limit, available in (("max\n", 7 * 1024), ("4096\n", 4096), ("1048576\n", 7 * 1024)):
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit)
+        assert matrix._available(cpu, tmp_path) == available
+    for name, found in (("mem_get_info", (100, 999)), ("memory_reserved", 30), ("memory_allocated", 10)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert matrix._available(torch.device("cuda", 1)) == 120
 
 
 @pytest.mark.parametrize(

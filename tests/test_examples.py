@@ -68,6 +68,47 @@ def test_a_language_model_of_a_text_is_saved_and_loaded(tmp_path: Path) -> None:
     assert run("char_language_model", "--load", model, "--length", "20") == f"\n{sample}\n"
 
 
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        ("char_language_model", "--load nope.pt", "--load: there is no file nope.pt"),
+        ("char_language_model", "--load tiny.txt", "--load: tiny.txt is not what --save writes"),
+        (
+            "char_language_model",
+            "--text tiny.txt",
+            "--text: tiny.txt has 11 characters, too few for --batch 8 ",
+        ),
+        ("char_language_model", "--text empty.txt", "--text: empty.txt has 0 characters, too few"),
+        ("char_language_model", "--text .", "--text: . cannot be read: Is a directory"),
+        ("char_language_model", "--text binary", "--text: binary is no text in UTF-8"),
+        ("char_language_model", "--batch 1000000", "--text: the help has "),
+        ("char_language_model", "--rate nan", "--temperature and --rate be positive"),
+        ("char_language_model", "--temperature inf", "--temperature and --rate be positive"),
+        ("char_language_model", "--seed -1", "--seed: must be 0 or more"),
+        ("char_language_model", "--save .", "--save and --json must be files; . is a folder"),
+        ("char_language_model", "--json .", "--save and --json must be files; . is a folder"),
+        ("answer_matching", "--data nope.tsv", "--data: nope.tsv cannot be read: No such file"),
+        ("answer_matching", "--data binary", "--data: binary is no text in UTF-8"),
+        ("answer_matching", "--json .", "--json must be a file; . is a folder"),
+        ("gate_initialisation", "--json .", "--json must be a file; . is a folder"),
+        ("hessian_spectrum", "--json .", "--json must be a file; . is a folder"),
+        ("hessian_spectrum", "--seed -1", "--seed: must be 0 or more"),
+        ("hessian_spectrum", "--plot nowhere/x.svg", "--plot must be an .svg file in a folder that exists"),
+        ("hessian_spectrum", "--plot x.txt", "--plot must be an .svg file in a folder that exists"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    example: str, options: str, message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    for name, content in {"tiny.txt": b"hello world", "empty.txt": b"", "binary": b"\xff\xfe"}.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        run(example, *options.split())
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_matching_of_pairs_of_a_file_answers_a_question(tmp_path: Path) -> None:
     pairs, results = tmp_path / "pairs.tsv", tmp_path / "results.json"
     pairs.write_text(

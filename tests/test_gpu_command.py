@@ -309,7 +309,7 @@ def test_a_machine_without_cuda_is_told_in_a_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_options(on_cpu, tmp_path):
+def test_wrong_options_are_told_without_a_gpu(tmp_path):
     for arguments, words in (
         (("--stage", "test"), "--stage must be of tests, check, expansion"),
         (("--tests", tmp_path / "none.py"), "--tests must be a file of tests"),

@@ -241,6 +241,19 @@ def test_nothing_returned_shares_memory(import_: Any, export: Any) -> None:
     torch.testing.assert_close(imported["weight_ih_l0"], before["weight_ih_l0"] + 1)
 
 
+@pytest.mark.parametrize(("import_", "export"), CONVERTERS)
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_arrays_in_either_byte_order_are_the_same(import_: Any, export: Any, dtype: str) -> None:
+    arrays = [array.astype(dtype) for array in export(nn.LSTM(I, H))]
+    state = import_(arrays)
+    for order in "<>":
+        swapped = import_([array.astype(order + dtype) for array in arrays])
+        assert all(torch.equal(swapped[name], value) for name, value in state.items())
+        exported = export({name: value.numpy().astype(order + dtype) for name, value in state.items()})
+        for got, expected in zip(exported, export(state), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
 def test_sources_may_be_cells_modules_dicts_and_tensors() -> None:
     cell = nn.LSTMCell(I, H)
     lstm = nn.LSTM(I, H)
@@ -325,6 +338,8 @@ def test_export_errors() -> None:
         to_keras(nn.GRU(I, H).state_dict())
     with pytest.raises(TypeError, match=r"^source: expected a dtype that NumPy has, got torch\.bfloat16"):
         to_keras(nn.LSTM(I, H, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^source: expected tensors that hold values, got device meta$"):
+        to_tf1(nn.LSTM(I, H, device="meta"))
     with pytest.raises(ValueError, match=r"got lstm\.weight_ih_l0"):
         to_keras({f"lstm.{name}": value for name, value in nn.LSTM(I, H).state_dict().items()})
     with pytest.raises(ValueError, match="both biases or none, got weight_ih_l0, weight_hh_l0, bias_ih_l0"):
@@ -344,3 +359,35 @@ def test_other_types_are_refused(import_: Any, export: Any, wrong: Any) -> None:
     for call in (lambda: from_tf1([], forget_bias=wrong), lambda: to_tf1({}, forget_bias=wrong)):
         with pytest.raises(TypeError, match=f"^forget_bias: expected a number, got {got}$"):
             call()
+
+
+@pytest.mark.parametrize(("import_", "export"), CONVERTERS)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (None, "expected an array or a tensor, got NoneType"),
+        ("x", "expected an array or a tensor, got str"),
+        ([[1.0]], "expected an array or a tensor, got list"),
+        (
+            numpy_helper.from_array(np.zeros((2, 2)), "W"),
+            "expected an array or a tensor, got TensorProto; onnx.numpy_helper.to_array makes one of it",
+        ),
+        (np.zeros((2, 2), int), "expected dtype float64, float32 or float16, got int64"),
+        (np.zeros((2, 2), bool), "expected dtype float64, float32 or float16, got bool"),
+        (np.zeros((2, 2), np.longdouble), f"expected dtype .*, got {np.dtype(np.longdouble)}"),
+        (np.zeros((2, 2), complex), "expected dtype .*, got complex128"),
+        (np.full((2, 2), None), "expected dtype .*, got object"),
+        (np.full((2, 2), "x"), "expected dtype .*, got <U1"),
+        (torch.zeros(2, 2, dtype=torch.int8), r"expected dtype torch\.float64, .*, got torch\.int8"),
+    ],
+    ids=lambda wrong: type(wrong).__name__,
+)
+def test_what_is_no_array_of_numbers_is_named(import_: Any, export: Any, wrong: Any, message: str) -> None:
+    state = nn.LSTM(I, H).state_dict()
+    for index in (0, 1):
+        weights = export(state)
+        weights[index] = wrong
+        with pytest.raises(TypeError, match=rf"^weights\[{index}\]: {message}$"):
+            import_(weights)
+    with pytest.raises(TypeError, match=f"^weight_hh_l0: {message}$"):
+        export(state | {"weight_hh_l0": wrong})

@@ -149,7 +149,7 @@ def pool_reference(q, a, q_lengths, a_lengths):
 
 
 def abcnn_op() -> Op:
-    model = ABCNN(D, LONGEST, channels=4, width=2, blocks=2, kind="abcnn3")
+    model = ABCNN(D, length=LONGEST, channels=4, width=2, blocks=2, kind="abcnn3")
     names = [name for name, _ in model.named_parameters()]
 
     def sums(q, a, q_lengths, a_lengths, **_):
@@ -207,7 +207,7 @@ def ops(impl: str) -> dict[str, Op]:
         "`attention_pool`, lengths": pairwise(*pool),
     }
     if impl == "auto":
-        features = AttentionFeatures(LONGEST, 2)
+        features = AttentionFeatures(2, length=LONGEST)
         rows["`AttentionFeatures`, lengths"] = of_module(
             features,
             features_reference,

@@ -38,10 +38,10 @@ class ABCNNMatcher(Siamese):
         super().__init__(rows, settings)
         self.abcnn = ABCNN(
             settings.embedding,
-            MAX_LENGTH,
-            settings.channels,
-            settings.width,
-            settings.blocks,
+            length=MAX_LENGTH,
+            channels=settings.channels,
+            width=settings.width,
+            blocks=settings.blocks,
             kind=settings.model,
         )
         self.score = nn.Linear(settings.blocks + 1, 1, bias=False)  # a bias would shift all candidates alike

@@ -152,7 +152,7 @@ class Matcher(Siamese):
         super().__init__(rows, settings, pairwise)
         hidden = settings.hidden
         self.lstm = lstm(settings.embedding, hidden, batch_first=True, bidirectional=True)
-        self.attention_features = attention_features(MAX_LENGTH, settings.features)
+        self.attention_features = attention_features(settings.features, length=MAX_LENGTH)
         self.mix = nn.Linear(2 * hidden + settings.features, hidden)
         self.compare = nn.Sequential(
             nn.Linear(4 * hidden, hidden), nn.Tanh(), nn.Dropout(settings.dropout), nn.Linear(hidden, 1)

@@ -97,18 +97,13 @@ def _train(
         # An older run's checkpoint must not be what an interruption of this one leaves to resume from.
         old = checkpoint.replace(checkpoint.with_name("checkpoint.old.pt"))
         console.print(f"the checkpoint of an older run is now {old}", highlight=False, soft_wrap=True)
-    columns = (
-        TextColumn("epoch {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[seen]}"),
-    )
+    columns = TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console) as progress:
+        # A terminal has a bar during an epoch; after it a file gets the same line, and at once.
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             for epoch in range(done, options.epochs):
                 label = f"{epoch + 1}/{options.epochs}"
-                task = progress.add_task(label, total=len(trainers) * trainers["ours"].steps, seen="")
+                task = progress.add_task(label, total=len(trainers) * trainers["ours"].steps)
                 # Whoever goes second finds warmer caches, so they take turns.
                 for name in list(trainers)[:: 1 if epoch % 2 == 0 else -1]:
                     trainers[name].epoch(lambda task=task: progress.advance(task))  # type: ignore[misc]
@@ -116,8 +111,9 @@ def _train(
                     f"{name}: loss {trainer.losses[-1]:.4f} dev MAP {trainer.dev_map[-1]:.3f}"
                     for name, trainer in trainers.items()
                 )
-                progress.update(task, seen=seen)
+                progress.remove_task(task)
                 save_checkpoint(checkpoint, belongs_to, trainers)
+                console.print(f"epoch {label}  {seen}", highlight=False, soft_wrap=True)
                 done = epoch + 1
     except KeyboardInterrupt:
         advice = f"{checkpoint} keeps {done}; go on with: {_resuming()}" if done else "none is kept"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from gatematch.bench.results import read_text
+
 from .data import SHARES, SPLIT_SEED, CandidateList, Dataset
 from .text import identity
 
@@ -17,13 +19,7 @@ COLUMNS = ("question_id", "question", "answer", "label")
 
 def read_tsv(path: Path) -> list[CandidateList]:
     """The lists of a file in its order, the same answer once a list; ValueError says what is wrong where."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text; byte {error.start} is not") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    lines = text.split("\n")
+    lines = read_text("data file", path, "utf-8-sig").split("\n")
     header = lines[0].rstrip("\r").split("\t")
     for column in COLUMNS:
         if column not in header:
