@@ -10,6 +10,7 @@ a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one un
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def checked_attention(
     precision: str = "float32",
 ) -> Tensor:
     """`pairwise_attention` of a pair that `check_pair` has passed, with what it returned."""
-    path = _path((q, a), (q_lengths, a_lengths), impl, precision)
+    path = _path((q, a, q_lengths, a_lengths), impl, precision)
     if unbatched:
         q, a = q[None], a[None]
     S: Tensor
@@ -123,7 +124,7 @@ def pairwise_attend(
     check_alike("v", v, "q", q)
     check_shape("v", v, (*a.shape[:-1], None))
     check_choice("normalize", normalize, (None, "rows"))
-    path = _path((q, a, v), (q_lengths, a_lengths), impl, precision)
+    path = _path((q, a, q_lengths, a_lengths, v), impl, precision)
     if unbatched:
         q, a, v = q[None], a[None], v[None]
     O: Tensor
@@ -163,7 +164,7 @@ def pairwise_sums(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
-    path = _path((q, a), (q_lengths, a_lengths), impl, precision)
+    path = _path((q, a, q_lengths, a_lengths), impl, precision)
     if unbatched:
         q, a = q[None], a[None]
     if path == "eager":
@@ -176,11 +177,11 @@ def pairwise_sums(
     return (r[0], c[0]) if unbatched else (r, c)
 
 
-def _path(inputs: Sequence[Tensor], lengths: Sequence[Tensor | None], impl: str, precision: str) -> str:
+def _path(given: Sequence[Any], impl: str, precision: str) -> str:
     """Who computes a call, see plan.py; the ops know "triton" and "torch" by these names too."""
     if precision not in ("float32", "tf32"):
         check_choice("precision", precision, ("float32", "tf32"))
-    return who_computes(inputs[0], impl, surroundings((*inputs, *lengths), inputs))
+    return who_computes(given[0], impl, surroundings(given, given))
 
 
 def check_pair(

@@ -43,14 +43,19 @@ def surroundings(read: Iterable[Any], *inputs: Iterable[Any] | None) -> str:
         inside = forward_mode() or torch._C._are_functorch_transforms_active()
         return "torch.func inside torch.compile" if inside else "torch.compile"
     transformed = innermost_transform() is not None
-    if forward_mode():
+    if forward_ad._current_level >= 0:
         carried = transformed or any(has_tangent(x) for group in inputs for x in group or ())
         return "forward mode" if carried else "forward mode of other tensors"
     if transformed:
         return "torch.func"
-    if tracing():
+    if torch._C._is_tracing():
         return "torch.jit.trace"
-    return "nothing" if bypasses_dispatcher(read) else "a dispatch mode or subclass"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode or subclass"
+    for x in read:  # quicker than all(): every call comes this way
+        if type(x) not in _PLAIN:
+            return "a dispatch mode or subclass"
+    return "nothing"
 
 
 def forward_mode() -> bool:
@@ -86,7 +91,7 @@ def bypasses_dispatcher(args: Iterable[Any]) -> bool:
     )
 
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
 # torch's own modules say nothing when a check compares traced sizes, which is all that these do.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="gatematch")
 

@@ -115,7 +115,7 @@ def lstm_cell(
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     # torch's own op can be compiled, and neither mapped nor differentiated by torch.func.
-    around = surroundings((x,), (x,), hx, weights)
+    around = surroundings((), (x,), hx, weights)
     plain = not around.startswith(("torch.func", "forward mode"))
     # The reference promotes where torch's op refuses.
     if not plain or not cell_fits(x, weights, hx):
