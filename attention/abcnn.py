@@ -7,8 +7,10 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gatematch.checks import by_keyword, check_choice, check_dtype, check_int, check_kind, check_range
+from gatematch.plan import fx_node
 
 from .functional import check_pair
 from .modules import AttentionFeatures, check_weighted
@@ -194,6 +196,8 @@ class ABCNN(nn.Module):
             Similarities (B, blocks + 1), the input's first, each from -1 to 1 and 0 beside a zero vector, in
             the dtype of the vectors; or logits (B, classes); unbatched without B.
         """
+        if isinstance(q, Proxy):
+            return fx_node(self, q, a, q_lengths, a_lengths)
         levels = self.representations(q, a, q_lengths, a_lengths)
         similarities = torch.stack([_cosine(*level) for level in levels], -1).to(levels[0].q.dtype)
         return similarities if self.classifier is None else self.classifier(similarities)

@@ -9,6 +9,9 @@ a (B, A, D), v (B, A, V), S (B, Q, A); q (Q, D) with a (A, D) is taken as one un
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from gatematch.checks import (
@@ -71,7 +74,7 @@ def checked_attention(
     precision: str = "float32",
 ) -> Tensor:
     """`pairwise_attention` of a pair that `check_pair` has passed, with what it returned."""
-    path = _path(q, impl, precision)
+    path = _path((q, a, q_lengths, a_lengths), impl, precision)
     if unbatched:
         q, a = q[None], a[None]
     S: Tensor
@@ -97,7 +100,8 @@ def pairwise_attend(
 ) -> Tensor:
     """``S @ v`` without S in memory: peak memory is O(Q + A), forward and backward.
 
-    Second derivatives, forward mode and ``torch.func`` inside of what is compiled take O(Q·A·(D + V)).
+    Second derivatives and ``torch.func`` inside of what is compiled take O(Q·A·(D + V)); forward mode
+    takes that of a few rows of q at a time.
 
     Args:
         q: (B, Q, D) or (Q, D), as for `pairwise_attention`.
@@ -116,18 +120,19 @@ def pairwise_attend(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
-    path = _path(q, impl, precision)
     check_kind("v", v, Tensor)
     check_alike("v", v, "q", q)
     check_shape("v", v, (*a.shape[:-1], None))
     check_choice("normalize", normalize, (None, "rows"))
+    path = _path((q, a, q_lengths, a_lengths, v), impl, precision)
     if unbatched:
         q, a, v = q[None], a[None], v[None]
     O: Tensor
     if path == "eager":
         O = eager.PairwiseAttend.apply(q, a, v, q_lengths, a_lengths, normalize == "rows")
     elif path == "reference":
-        O = ops.by_reference(ops.attend, q, a, v, q_lengths, a_lengths, normalize == "rows")
+        options = {"v": v, "normalize": normalize == "rows"}
+        O = ops.by_reference(ops.attend, q, a, q_lengths, a_lengths, **options)
     else:
         O = ops.attend(q, a, v, q_lengths, a_lengths, normalize == "rows", path, precision)[0].to(v.dtype)
     return O[0] if unbatched else O
@@ -159,7 +164,7 @@ def pairwise_sums(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
-    path = _path(q, impl, precision)
+    path = _path((q, a, q_lengths, a_lengths), impl, precision)
     if unbatched:
         q, a = q[None], a[None]
     if path == "eager":
@@ -172,11 +177,11 @@ def pairwise_sums(
     return (r[0], c[0]) if unbatched else (r, c)
 
 
-def _path(q: Tensor, impl: str, precision: str) -> str:
+def _path(given: Sequence[Any], impl: str, precision: str) -> str:
     """Who computes a call, see plan.py; the ops know "triton" and "torch" by these names too."""
     if precision not in ("float32", "tf32"):
         check_choice("precision", precision, ("float32", "tf32"))
-    return who_computes(q, impl, surroundings())
+    return who_computes(given[0], impl, surroundings(given, given))
 
 
 def check_pair(

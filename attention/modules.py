@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gatematch.checks import by_keyword, check_alike, check_bool, check_dtype, check_int
+from gatematch.plan import fx_node
 
 from .functional import check_pair, checked_attention, pairwise_attention
 
@@ -17,6 +19,8 @@ class PairwiseAttention(nn.Module):
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> Tensor:
         """`pairwise_attention` without its options."""
+        if isinstance(q, Proxy):
+            return fx_node(self, q, a, q_lengths, a_lengths)
         return pairwise_attention(q, a, q_lengths, a_lengths)
 
 
@@ -77,6 +81,8 @@ class AttentionFeatures(nn.Module):
     def forward(
         self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(q, Proxy):
+            return fx_node(self, q, a, q_lengths, a_lengths)
         check_weighted("q", q, self.weight_q)
         unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
         for name, rows in (("q", q), ("a", a)):

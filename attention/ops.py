@@ -53,11 +53,24 @@ def _wide(reference: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-def by_reference(op: Op, q: Tensor, *others: Any) -> Any:
-    """The results of an op by its reference, in the dtype of q."""
+# Elements of the differences (B, rows, A, D) that the reference holds at a time in forward mode.
+TILE = 1 << 22
+
+
+def by_reference(op: Op, q: Tensor, a: Tensor, q_lengths: Lengths, a_lengths: Lengths, **others: Any) -> Any:
+    """The results of an op by its reference, some rows of q at a time, in the dtype of q."""
+    rows = max(1, TILE // max(1, a.numel()))
+    # Sizes that a compiler knows are not those of every call.
+    tiles = [q] if torch.compiler.is_compiling() or q.shape[1] <= rows else q.split(rows, 1)
+    found = []
     with _products(q):
-        found = op.reference(q, *others)
-    return tuple(y.to(q.dtype) for y in found) if isinstance(found, tuple) else found.to(q.dtype)
+        for tile in tiles:
+            found.append(op.reference(tile, a, q_lengths=q_lengths, a_lengths=a_lengths, **others))
+            q_lengths = None if q_lengths is None else q_lengths.long() - rows
+    if op is sums:
+        r, c = zip(*found, strict=True)
+        return torch.cat(r, 1).to(q.dtype), torch.stack(c).sum(0).to(q.dtype)
+    return torch.cat(found, 1).to(q.dtype)
 
 
 def _attention(

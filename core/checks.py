@@ -14,6 +14,7 @@ from typing import Any, ParamSpec
 
 import numpy as np
 import torch
+import torch.fx
 from torch import Tensor
 
 from .torch_private import assert_async, surroundings
@@ -25,6 +26,8 @@ P = ParamSpec("P")
 def check_kind(name: str, value: Any, kind: Any, expected: str = "", hint: str = "") -> None:
     """`kind` is one type, or a tuple of them described by `expected`."""
     if not isinstance(value, kind):
+        if isinstance(value, torch.fx.Proxy):
+            hint = "; torch.fx takes a function of this library as one node after torch.fx.wrap(name)"
         raise TypeError(
             f"{name}: expected {expected or f'a {kind.__name__}'}, got {type(value).__name__}{hint}"
         )
@@ -115,7 +118,7 @@ def check_range(name: str, values: Tensor, most: int, size: str, hint: str = "")
     Only those on the CPU are read: for others the host would wait. GATEMATCH_DEBUG=1 asserts them on their
     device. What is traced or batched has no values to read.
     """
-    if surroundings() != "nothing" or values.numel() == 0:
+    if surroundings((values,)) != "nothing" or values.numel() == 0:
         return
     values = values.long()  # torch does not order its wider unsigned integers
     if values.is_cpu:

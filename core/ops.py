@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.library import custom_op
 
 from . import torch_private
-from .torch_private import bypasses_dispatcher, forward_mode, transformed
+from .torch_private import bypasses_dispatcher, forward_mode, has_tangent, transformed
 
 Grads = tuple[Tensor | None, ...]
 # The level of autograd.grad's own vmap, which is never nested. It cannot be asked for: only the thread that
@@ -113,12 +113,16 @@ class Op:
         self.upstream = tuple(f"g_{n}" for n in self.outputs[:results])
         self.batch = {**batch, **{f"g_{n}": dim for n, dim in batch.items()}}
         self.reference, self.spared, self.products = reference, spared, products
+        options = inspect.signature(reference).parameters
+        self.options = [n for n in options if n in self.needed.fixed and n not in self.wrt]
 
         def compute(*args: Any) -> tuple[Tensor, ...]:
             return tuple([args[0].new_empty(0) if y is None else y for y in forward(*args)])
 
         def dispatched(*args: Any) -> tuple[Tensor, ...]:
-            if forward_mode():  # as only an exported program can be: who_computes takes the reference there
+            # As only an exported program can be: who_computes takes the reference. Autograd has taken off the
+            # tangents that there may be.
+            if forward_mode():
                 raise NotImplementedError(
                     "an op of gatematch has no forward-mode derivative; the functions and modules themselves "
                     "have one"
@@ -126,7 +130,7 @@ class Op:
             return compute(*args)
 
         def gradients(*args: Any) -> list[Tensor]:
-            if forward_mode() and any(map(_has_tangent, args)):
+            if forward_mode() and any(map(has_tangent, args)):
                 raise NotImplementedError(
                     "a backward pass of gatematch has no forward-mode derivative; "
                     "call the function itself, too, where forward-mode derivatives are taken"
@@ -154,6 +158,10 @@ class Op:
         k = self.given.place
         # `given.flat` written out: a call of it in every call of an op would show.
         flat = args if k is None else (*args[:k], *args[k + 1 :], *args[k])
+        if torch_private.tracing():
+            # No trace of a Function can be saved. A trace is compared with that of a call without gradients,
+            # so this must not depend on whether they are wanted.
+            return self.forward_op(*args, *[True] * self.saves)
         recorded = torch.is_grad_enabled() and (
             any([flat[n].requires_grad for n in self.wrt_places])
             or any([x.requires_grad for x in flat[len(self.given.fixed) :]])
@@ -164,6 +172,28 @@ class Op:
             return self.Forward.apply(*flat)
         compute = self.compute if bypasses_dispatcher(flat) else self.forward_op
         return compute(*args, *[False] * self.saves)
+
+    def reference_of(self, others: Mapping[str, Any]) -> Callable[..., Any]:
+        """The reference as a function of `wrt` and the list, flat; `others` are its other arguments."""
+
+        def function(*inputs: Tensor) -> Any:
+            named: dict[str, Any] = dict(zip(self.wrt, inputs, strict=False))
+            if self.needed.listed is not None:
+                named[self.needed.listed] = list(inputs[len(self.wrt) :])
+            return self.reference(**named, **others)
+
+        return function
+
+    def _reference_gradients(self, wanted: Sequence[bool], args: Sequence[Any]) -> Grads:
+        """`backward_pass` by the reference, which tangents pass through."""
+        # What a pullback has kept may be of a transform that is over.
+        args = [torch_private.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args]
+        named = dict(zip(self.needed.fixed, args, strict=False))
+        function = self.reference_of({n: named[n] for n in self.options})
+        inputs = [*(named[n] for n in self.wrt), *args[len(named) :]]
+        with self.products(args[0]):
+            found = iter(pulled_back(function, inputs, [named[n] for n in self.upstream], wanted))
+        return tuple(next(found) if want else None for want in wanted)
 
     def _register_autograd(self) -> None:
         """The derivative of what is compiled or exported."""
@@ -199,6 +229,8 @@ class Op:
         found: Any
         if batched(args):
             found = map_batched(self.Backward.apply, args)
+        elif forward_mode() and (transformed() or any(map(has_tangent, args))):
+            return self._reference_gradients(wanted, args)
         else:
             found = (self.Backward.apply if followed() else self.Backward.forward)(*args)
         return only(found, wanted)
@@ -219,9 +251,8 @@ def _functions(op: Op) -> tuple[type[Function], type[Function]]:
     wrt = [given.fixed.index(n) for n in op.wrt]
     # The second derivative needs the inputs, their upstream gradients, and what else the reference takes.
     again = needed.fixed.index
-    options = [n for n in inspect.signature(op.reference).parameters if n in needed.fixed and n not in op.wrt]
-    tensor_options = [n for n in options if n in op.tensors]
-    static_options = [n for n in options if n not in op.tensors]
+    tensor_options = [n for n in op.options if n in op.tensors]
+    static_options = [n for n in op.options if n not in op.tensors]
     variables = [again(n) for n in op.wrt], [again(n) for n in op.upstream]
     kept_again = [*variables[0], *variables[1], *(again(n) for n in tensor_options)]
     static_again = [again(n) for n in static_options]
@@ -286,13 +317,7 @@ def _functions(op: Op) -> tuple[type[Function], type[Function]]:
             saved, O = ctx.saved_tensors, W + U + len(tensor_options)
             others = dict(zip(tensor_options, saved[W + U : O], strict=True))
             others |= zip(static_options, ctx.statics, strict=True)
-
-            def function(*inputs: Tensor) -> Any:
-                named: dict[str, Any] = dict(zip(op.wrt, inputs, strict=False))
-                if needed.listed is not None:
-                    named[needed.listed] = list(inputs[W:])
-                return op.reference(**named, **others)
-
+            function = op.reference_of(others)
             needs = ctx.needs_input_grad
             places = [*variables[0], *range(N, len(needs)), *variables[1]]
             inputs, upstream = (*saved[:W], *saved[O:]), saved[W : W + U]
@@ -327,10 +352,6 @@ def _set_signature(function: Any, signature: inspect.Signature) -> None:
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """For what has its dtypes already: a backward pass may be under another autocast than the forward one."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _filled(like: Tensor, values: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
@@ -373,6 +394,25 @@ def followed(*upstream: Tensor | None) -> bool:
     return torch.is_grad_enabled() or transformed() or forward_mode() or batched(upstream)
 
 
+def pulled_back(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of those inputs of a function that are wanted; None upstream is a gradient of zeros."""
+    places = [place for place, want in enumerate(wanted) if want]
+
+    def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
+        found = function(*_replaced(inputs, places, chosen))
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(y for y, g in zip(found, upstream, strict=True) if g is not None)
+
+    pull = torch.func.vjp(outputs, *(inputs[place] for place in places))[1]
+    grads: tuple[Tensor, ...] = pull(tuple(g for g in upstream if g is not None))
+    return grads
+
+
 def second_derivative(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
@@ -396,19 +436,10 @@ def second_derivative(
     N = len(inputs)
     variables = [*inputs, *upstream]
     places = [k for k, (x, need) in enumerate(zip(variables, needed, strict=True)) if need and x is not None]
-    inner = [place for place, want in enumerate(wanted) if want]
 
     def gradients(*chosen: Tensor) -> tuple[Tensor, ...]:
         now = _replaced(variables, places, chosen)
-
-        def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
-            found = function(*_replaced(now[:N], inner, chosen))
-            found = found if isinstance(found, tuple) else (found,)
-            return tuple(y for y, g in zip(found, upstream, strict=True) if g is not None)
-
-        pull = torch.func.vjp(outputs, *(now[place] for place in inner))[1]
-        grads: tuple[Tensor, ...] = pull(tuple(g for g in now[N:] if g is not None))
-        return grads
+        return pulled_back(function, now[:N], now[N:], wanted)
 
     def pulled(*cotangents: Tensor) -> Sequence[Tensor]:
         with no_autocast(inputs[0]):
@@ -417,7 +448,7 @@ def second_derivative(
             )
         return found
 
-    chosen = [cotangents[place] for place in inner]
+    chosen = [one for one, want in zip(cotangents, wanted, strict=False) if want]
     found = map_batched(pulled, chosen) if batched(chosen) else pulled(*chosen)
     return tuple(_replaced([None] * len(variables), places, found))
 

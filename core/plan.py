@@ -6,14 +6,17 @@ Both halves use it. Which of several kernels computes a layer, by sizes, is chos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gatematch.kernels.launch import obstacle
 
 from .checks import check_choice
 
-# What surrounds the call: (who computes it if the kernels are wanted and can serve it, who else).
+# What surrounds the call: (who computes it if the kernels are wanted and can serve it, who else). Whoever
+# looks inside of a call finds one op, or plain operations; only "eager" reads values of tensors on the host.
 #   triton      the op, by the kernels
 #   torch       the op, by torch's own operations
 #   eager       torch's own operations without any op
@@ -23,6 +26,9 @@ TABLE = {
     "nothing": ("triton", "eager"),
     "torch.func": ("triton", "torch"),
     "torch.compile": ("triton", "torch"),
+    "torch.jit.trace": ("triton", "torch"),
+    "a dispatch mode or subclass": ("triton", "torch"),
+    "forward mode of other tensors": ("triton", "torch"),
     "forward mode": (None, "reference"),
     "torch.func inside torch.compile": (None, "reference"),
 }
@@ -30,6 +36,19 @@ _OBSTACLES = {
     "forward mode": "the kernels have no forward-mode derivative",
     "torch.func inside torch.compile": "the kernels know nothing of torch.func inside of what is compiled",
 }
+
+
+def fx_node(module: nn.Module, *args: Any) -> Proxy:
+    """A module's call as one node of a torch.fx graph, as of torch's own modules; args[0] is a Proxy.
+
+    A tracer enters modules outside of torch.nn, and cannot follow checks and choices by sizes.
+    """
+    tracer = args[0].tracer
+    if tracer.root is module:
+        raise TypeError(
+            f"module: expected one inside of what torch.fx traces, got {type(module).__name__} itself"
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
 
 
 def who_computes(

@@ -7,6 +7,7 @@ objects, which TorchDynamo knows.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ innermost_transform = torch._C._functorch.peek_interpreter_stack
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 add_legacy_batch_dim = torch._add_batch_dim
 remove_legacy_batch_dim = torch._remove_batch_dim
+# A tensor of a level of torch.func that is closed, as it is outside; of an open one it is x itself.
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 # Autocast is on for some device.
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 # An assertion on the device, for which the host does not wait.
@@ -29,21 +32,45 @@ assert_async = torch._assert_async
 disable_dynamo = torch._disable_dynamo
 
 
-def surroundings() -> str:
-    """What surrounds this call: a key of the table in plan.py."""
-    # torch has no public way to ask whether a level is open.
-    dual = forward_ad._current_level >= 0
+def surroundings(read: Iterable[Any], *inputs: Iterable[Any] | None) -> str:
+    """What surrounds this call: a key of the table in plan.py.
+
+    Args:
+        read: the tensors, or None, whose values or sizes the call could look at.
+        inputs: all that it can be differentiated by.
+    """
     if torch.compiler.is_compiling():
-        transformed = dual or torch._C._are_functorch_transforms_active()
-        return "torch.func inside torch.compile" if transformed else "torch.compile"
-    if dual:
-        return "forward mode"
-    return "nothing" if innermost_transform() is None else "torch.func"
+        inside = forward_mode() or torch._C._are_functorch_transforms_active()
+        return "torch.func inside torch.compile" if inside else "torch.compile"
+    transformed = innermost_transform() is not None
+    if forward_ad._current_level >= 0:
+        carried = transformed or any(has_tangent(x) for group in inputs for x in group or ())
+        return "forward mode" if carried else "forward mode of other tensors"
+    if transformed:
+        return "torch.func"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode or subclass"
+    for x in read:  # quicker than all(): every call comes this way
+        if type(x) not in _PLAIN:
+            return "a dispatch mode or subclass"
+    return "nothing"
 
 
 def forward_mode() -> bool:
-    """Whether a level of forward-mode derivatives is open."""
+    """Whether a level of forward-mode derivatives is open, for which torch has no public name."""
     return forward_ad._current_level >= 0
+
+
+def has_tangent(x: Any) -> bool:
+    """Whether forward mode differentiates by x, where it is open and no ``torch.func`` hides it."""
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` writes the call down."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def transformed() -> bool:
@@ -64,7 +91,9 @@ def bypasses_dispatcher(args: Iterable[Any]) -> bool:
     )
 
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+# torch's own modules say nothing when a check compares traced sizes, which is all that these do.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="gatematch")
 
 
 @contextlib.contextmanager

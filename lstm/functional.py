@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gatematch.checks import check_alike, check_dtype, check_kind, check_lengths, check_shape
 from gatematch.plan import TABLE, who_computes
-from gatematch.torch_private import is_any_autocast_enabled, surroundings
+from gatematch.torch_private import is_any_autocast_enabled, surroundings, tracing
 
 from . import ops
 from .fused import Options, Packing, with_lengths
@@ -115,8 +115,8 @@ def lstm_cell(
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     # torch's own op can be compiled, and neither mapped nor differentiated by torch.func.
-    around = surroundings()
-    plain = around in ("nothing", "torch.compile")
+    around = surroundings((), (x,), hx, weights)
+    plain = not around.startswith(("torch.func", "forward mode"))
     # The reference promotes where torch's op refuses.
     if not plain or not cell_fits(x, weights, hx):
         check_cell(x, weights, hx)
@@ -168,8 +168,10 @@ def run(
         batch_first = False
         x = x.unsqueeze(1)
         hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    around = surroundings()
+    around = surroundings((x, lengths), (x,), hx, weights)
     path = who_computes(x, impl, around, KERNELS, KERNELS)
+    if path == "torch" and around == "torch.jit.trace" and lengths is None and not return_cells:
+        path = "eager"  # a trace has one node for torch's own op, too, and runs where this library is not
     if path == "triton" and x.numel() == 0:  # there is nothing to launch
         path = TABLE[around][1]
     time = 1 if batch_first else 0
@@ -218,13 +220,14 @@ def _run_packed(
     impl: str,
 ) -> tuple[Any, ...]:
     data, batch_sizes, sorted_indices, unsorted_indices = x
-    B = int(batch_sizes[0])
+    B: Any = batch_sizes[0] if tracing() else int(batch_sizes[0])  # a trace would keep the number
     if hx is None:
         hx = _zero_state(data, spec, B)
     elif sorted_indices is not None:
         hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
 
-    path = who_computes(data, impl, surroundings(), KERNELS, KERNELS)
+    around = surroundings((data, batch_sizes), (data,), hx, weights)
+    path = who_computes(data, impl, around, KERNELS, KERNELS)
     if path != "eager" or return_cells:
         valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
         index = valid.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
@@ -299,7 +302,8 @@ def _options(x: Tensor, spec: Spec, dropout: float, training: bool) -> Options:
     if training:
         return spec.bias, spec.num_layers, dropout, True, spec.bidirectional
     # cuDNN has a backward only in training mode, which without dropout computes the same.
-    return spec.bias, spec.num_layers, 0.0, x.is_cuda and torch.is_grad_enabled(), spec.bidirectional
+    train = x.is_cuda and (torch.is_grad_enabled() or tracing())
+    return spec.bias, spec.num_layers, 0.0, train, spec.bidirectional
 
 
 # `fits` and `cell_fits` are quick tests of every call. One that fails them goes through the full checks.

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from gatematch.checks import check_choice, check_kind
+from gatematch.plan import fx_node
 
 from .functional import check_dropout, lstm_cell, run
 from .spec import IMPLS, Spec, State
@@ -129,6 +131,8 @@ class LSTM(nn.Module):
         the number of directions; lengths is (B,). Results, dtypes and errors are those of
         `gatematch.lstm.lstm`.
         """
+        if isinstance(input, Proxy):
+            return fx_node(self, input, hx, lengths, return_cells)
         spec, parameters = self._spec, self._parameters
         try:  # much quicker than attribute access, which reaches `_parameters` last
             weights: list[Any] = [parameters[name] for name in spec.names]
@@ -213,6 +217,8 @@ class LSTMCell(nn.Module):
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """The next h and c, from (B, I) or (I,) and h and c (B, H) or (H,): `gatematch.lstm.lstm_cell`."""
+        if isinstance(input, Proxy):
+            return fx_node(self, input, hx)
         parameters = self._parameters
         try:
             weights: list[Any] = [parameters[name] for name in _CELL_NAMES]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 from gatematch.ops import Grads, Op, no_autocast
-from gatematch.torch_private import bypasses_dispatcher
+from gatematch.torch_private import bypasses_dispatcher, tracing
 
 from . import fused
 from .reference import drop, lstm_cell_reference
@@ -223,7 +223,7 @@ def layers(
     cells = None
     by_cell = (
         impl in _BY_CELL and lengths is None and not (spec.proj_size or return_cells) and x.shape[0] == 1
-    )
+    ) and not tracing()  # a trace would take one step of any sequence
     with no_autocast(x):
         for l in range(spec.num_layers):
             if l > 0:

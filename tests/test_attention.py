@@ -10,11 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gatematch.attention import (
     AttentionFeatures,
     PairwiseAttention,
+    ops,
     pairwise_attend,
     pairwise_attention,
     pairwise_sums,
@@ -599,3 +603,56 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
 def test_errors_name_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+class Largest(TorchDispatchMode):
+    """Knows the most elements that a tensor had in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **kwargs or {})
+        sizes = [y.numel() for y in tree_leaves(found) if isinstance(y, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return found
+
+
+FORWARD_MODE = {
+    "attention": pairwise_attention,
+    "attend": lambda q, a, n=None, m=None: pairwise_attend(q, a, a, "rows", q_lengths=n, a_lengths=m),
+    "sums": pairwise_sums,
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+@pytest.mark.parametrize("lengths", [(), (torch.tensor([7, 0, 50]), torch.tensor([20, 33, 1]))])
+def test_forward_mode_takes_a_few_rows_at_a_time(name, lengths, monkeypatch):
+    q, a, tangent = torch.randn(3, 50, 24), torch.randn(3, 33, 24), torch.randn(3, 50, 24)
+    a[:, 3] = q[:, 4]
+    function = FORWARD_MODE[name]
+
+    def along(q, a, tangent):
+        with forward_ad.dual_level(), Largest() as largest:
+            found = tree_leaves(function(forward_ad.make_dual(q, tangent), a, *lengths))
+            return [forward_ad.unpack_dual(y) for y in found], largest.elements
+
+    want, _ = along(q.double(), a.double(), tangent.double())
+    monkeypatch.setattr(ops, "TILE", 8 * a.numel())
+    found, elements = along(q, a, tangent)
+    assert elements <= 8 * a.numel()
+    for (y, moved), (exact_y, exact_moved) in zip(found, want, strict=True):
+        torch.testing.assert_close(y, exact_y.float())
+        torch.testing.assert_close(moved, exact_moved.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_dual_numbers_elsewhere_cost_a_call_nothing(monkeypatch):
+    q, a = torch.randn(2, 6, 3), torch.randn(2, 5, 3, requires_grad=True)
+    want = pairwise_sums(q, a)
+    monkeypatch.setattr(ops.sums, "reference", None)
+    with forward_ad.dual_level():
+        found = pairwise_sums(q, a)
+        (slope,) = torch.autograd.grad(found[0].sum(), a)
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+    torch.testing.assert_close(slope, torch.autograd.grad(want[0].sum(), a)[0])

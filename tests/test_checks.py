@@ -147,7 +147,7 @@ def test_ops_get_lengths_from_the_cpu_on_the_device_of_their_inputs(monkeypatch:
     """The meta device stands in for a GPU: ops give shapes there, and torch refuses a second device."""
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.is_meta))
     for module in (checks, attention, lstm):
-        monkeypatch.setattr(module, "surroundings", lambda: "torch.compile")
+        monkeypatch.setattr(module, "surroundings", lambda *args: "torch.compile")
     monkeypatch.setattr(attention, "who_computes", lambda *args: "torch")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # torch knows no autocast there
     monkeypatch.setattr(ops, "bypasses_dispatcher", lambda args: False)

@@ -24,7 +24,9 @@ def through_ops(monkeypatch):
     """Every call that torch computes goes through the ops, but for the peer's."""
     by_ops = [True]
     around = functional.surroundings
-    monkeypatch.setattr(functional, "surroundings", lambda: "torch.func" if by_ops[0] else around())
+    monkeypatch.setattr(
+        functional, "surroundings", lambda *args: "torch.func" if by_ops[0] else around(*args)
+    )
     of_torch = lstm_contract.of_torch
 
     def fused(*args):
@@ -60,7 +62,7 @@ def test_packed_sequences(enforce_sorted, cells, through_ops, monkeypatch):
     x = pack_padded_sequence(torch.randn(5, 3, 4), lengths, enforce_sorted=enforce_sorted)
     model = LSTM(4, 6, 2, bidirectional=True)
     got = model(x, return_cells=cells)
-    monkeypatch.setattr(functional, "surroundings", lambda: "nothing")
+    monkeypatch.setattr(functional, "surroundings", lambda *args: "nothing")
     for ours, theirs in zip(got, model(x, return_cells=cells), strict=True):
         if isinstance(ours, PackedSequence):
             assert torch.equal(ours.batch_sizes, theirs.batch_sizes)
@@ -88,7 +90,7 @@ def test_autocast_gives_the_dtypes_of_the_fused_op(through_ops, monkeypatch):
             with torch.autocast("cpu", torch.bfloat16):
                 got = model(x, None, given)
                 with monkeypatch.context() as patch:
-                    patch.setattr(functional, "surroundings", lambda: "nothing")
+                    patch.setattr(functional, "surroundings", lambda *args: "nothing")
                     want = model(x, None, given)
             for ours, theirs in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
                 assert ours.dtype == theirs.dtype

@@ -5,18 +5,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from gatematch import plan
 from gatematch.torch_private import surroundings
 
 CPU, CUDA = SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)
 NAMED = ("resident", "step")
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
 # What surrounds the call; who computes it on CUDA, on a CPU or by impl="torch", and by impl="triton".
 ROWS = [
     ("nothing", "triton", "eager", "triton"),
     ("torch.func", "triton", "torch", "triton"),
     ("torch.compile", "triton", "torch", "triton"),
+    ("torch.jit.trace", "triton", "torch", "triton"),
+    ("a dispatch mode or subclass", "triton", "torch", "triton"),
+    ("forward mode of other tensors", "triton", "torch", "triton"),
     ("forward mode", "reference", "reference", "have no forward-mode derivative"),
     ("torch.func inside torch.compile", "reference", "reference", "know nothing of torch.func"),
 ]
@@ -74,18 +86,33 @@ def test_a_kernel_that_is_not_for_this_kind_of_call(monkeypatch):
 def test_what_surrounds_a_call():
     found = []
 
-    def look(x):
-        found.append(surroundings())
+    def look(x, other=None):
+        found.append(surroundings((x, None), (x,), other))
         return x.sum()
 
     x = torch.ones(3)
     look(x)
+    look(nn.Parameter(x), [x])
     torch.func.grad(look)(x)
     torch.vmap(look)(x[None])
+    assert found == ["nothing", "nothing", "torch.func", "torch.func"]
+    found.clear()
     with forward_ad.dual_level():
         look(x)
+        look(forward_ad.make_dual(x, x))
+        look(x, [x, forward_ad.make_dual(x, x)])
+        torch.func.grad(look)(x)
     torch.func.jvp(look, (x,), (x,))
-    assert found == ["nothing", "torch.func", "torch.func", "forward mode", "forward mode"]
+    assert found == ["forward mode of other tensors", *["forward mode"] * 4]
+    found.clear()
+    torch.jit.trace(look, x, check_trace=False)
+    assert set(found) == {"torch.jit.trace"}
+    found.clear()
+    with FlopCounterMode(display=False):
+        look(x)
+    look(x.as_subclass(Subclass))
+    make_fx(lambda x: look(x))(x)
+    assert set(found) == {"a dispatch mode or subclass"} and len(found) == 3
 
 
 @pytest.mark.parametrize(
@@ -96,7 +123,7 @@ def test_what_surrounds_a_call_that_is_compiled(transform, around):
     factor = {name: float(n) for n, name in enumerate(plan.TABLE)}
 
     def number(x):
-        return x.sum() * factor[surroundings()]
+        return x.sum() * factor[surroundings((x,), (x,))]
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: transform(number)(x), backend="eager", fullgraph=True)

@@ -34,6 +34,26 @@ def test_forward_mode():
         assert torch_private.forward_mode()
 
 
+def test_has_tangent():
+    x = torch.ones(2)
+    with forward_ad.dual_level():
+        assert torch_private.has_tangent(forward_ad.make_dual(x, x))
+        assert not torch_private.has_tangent(x) and not torch_private.has_tangent(None)
+
+
+def test_unwrap_if_dead():
+    x, kept = torch.ones(2), []
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(x)
+    assert torch_private.unwrap_if_dead(x) is x
+    assert torch_private.unwrap_if_dead(kept[0]).data_ptr() == x.data_ptr()
+
+
+def test_tracing():
+    seen = [torch_private.tracing()]
+    torch.jit.trace(lambda x: seen.append(torch_private.tracing()) or x + 1, torch.ones(2), check_trace=False)
+    assert seen == [False, True]
+
+
 def test_transformed():
     assert not torch_private.transformed()
     levels = []

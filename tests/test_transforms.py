@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 OPS = transform_ops.ops("auto")
-OUTCOMES = {table: {} for table in ("eager", "compiled", "around")}
+OUTCOMES = {table: {} for table in ("eager", "compiled", "around", "inside")}
 
 
 def cells():

@@ -6,6 +6,7 @@ docs/differentiation.md has the tables; GATEMATCH_WRITE_DOCS=1 makes a run of th
 """
 
 import copy
+import io
 import os
 import pickle
 import re
@@ -18,9 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.func import grad as func_grad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -599,6 +602,132 @@ def orthogonal(case: Case) -> Found:
     yield from parametrized(case, parametrizations.orthogonal)
 
 
+# --- whoever looks inside of a call: what it finds is right for other values and sizes ---
+
+
+def right_at(case: Case, inputs, lengths) -> tuple[Tensor, ...]:
+    return tuple(tree_leaves(case.op.reference(*map(double, inputs), *lengths)))
+
+
+def unlike(case: Case) -> tuple[Tensor, ...]:
+    """Other inputs than the case's, no two rows equal, and lengths of 1."""
+    return *case.random(False), *(torch.ones_like(n) for n in case.lengths)
+
+
+class Outer(nn.Module):
+    """A network around a module, called with all that the module is called with."""
+
+    def __init__(self, module: nn.Module, op: Op) -> None:
+        super().__init__()
+        self.module, self.arguments = module, op.arguments
+        self.given = op.data + len(op.lengths)
+
+    def forward(self, given):
+        return self.module(*self.arguments(*(given[k] for k in range(self.given))))
+
+
+def jit_trace(case: Case) -> Found:
+    """Saved and loaded; and differentiated."""
+    op, free = case.op, len(case.inputs) if case.op.module is None else case.op.data
+    traced_from = Outer(with_weights(case, op.module), op) if op.module else Program(op)
+
+    def given(inputs, lengths):
+        given = *inputs[:free], *lengths
+        return (given,) if op.module else given
+
+    other = unlike(case)
+    file = io.BytesIO()
+    torch.jit.save(
+        torch.jit.trace(traced_from, given(other[: len(case.inputs)], other[len(case.inputs) :])), file
+    )
+    file.seek(0)
+    traced = torch.jit.load(file)
+    there, lengths = elsewhere(case)
+    there = *there[:free], *case.inputs[free:]
+    none = tuple(n.clamp(max=0) for n in case.lengths)
+    yield traced(*given(case.inputs, case.lengths)), case.right
+    yield traced(*given(there, lengths)), right_at(case, there, lengths)
+    found = tree_leaves(traced(*given(case.inputs, none)))  # much of which is 0
+    for x, y in zip(found, right_at(case, case.inputs, none), strict=True):
+        assert torch.allclose(x, y.float(), atol=1e-6)
+    inputs = leaves(case.inputs)
+    gradients = grad(case.mixed(tree_leaves(traced(*given(inputs, case.lengths)))), inputs[:free])
+    yield gradients, case.right_gradient[:free]
+
+
+def proxy_mode(case: Case) -> Found:
+    """make_fx, whose sizes are symbols, and the gradient that autograd computes in it."""
+
+    def gradient(*given):
+        inputs, lengths = leaves(given[: len(case.inputs)]), given[len(case.inputs) :]
+        return grad(squares(Program(case.op)(*inputs, *lengths)), inputs)
+
+    def squares(results):
+        return sum((y * y).sum() for y in results)
+
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # sizes that are equal here need not be
+        program = make_fx(Program(case.op), tracing_mode="symbolic")(*unlike(case))
+        slopes = make_fx(gradient, tracing_mode="symbolic")(*unlike(case))
+    for inputs, lengths in ((case.inputs, case.lengths), elsewhere(case)):
+        yield program(*inputs, *lengths), right_at(case, inputs, lengths)
+    yield slopes(*case.inputs, *case.lengths), grad(squares(case.right), case.exact_inputs, retain_graph=True)
+
+
+class Subclass(Tensor):
+    pass
+
+
+# What a host waits for, to read a value.
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+
+
+class Unread(TorchDispatchMode):
+    """A dispatch mode under which the host reads no value of a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.name().partition(".")[0] not in READS, f"{function.name()}: the host reads a value"
+        return function(*args, **kwargs or {})
+
+
+def dispatch_mode(case: Case) -> Found:
+    inputs = leaves(case.inputs)
+    with Unread():
+        results = case.ours(*inputs)
+        gradients = grad(case.mixed(results), inputs)
+    yield results, case.right
+    yield gradients, case.right_gradient
+
+
+def subclass(case: Case) -> Found:
+    """The first input alone, and all of them."""
+    inputs = leaves(case.inputs)
+    yield case.ours(inputs[0].as_subclass(Subclass), *inputs[1:]), case.right
+    results = case.ours(*(x.as_subclass(Subclass) for x in inputs))
+    yield grad(case.mixed(results), inputs), case.right_gradient
+
+
+def fake(case: Case) -> Found:
+    inputs = leaves(case.inputs)
+    results = case.ours(*inputs)
+    with FakeTensorMode() as mode:
+        given = tuple(mode.from_tensor(x) for x in inputs)
+        faked = Program(case.op)(*given, *map(mode.from_tensor, case.lengths))
+        gradients = grad(sum(y.sum() for y in faked), given)
+    for x, y in zip((*faked, *gradients), (*results, *inputs), strict=True):
+        assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+    return
+    yield
+
+
+def symbolic_trace(case: Case) -> Found:
+    outer = Outer(with_weights(case, case.op.module), case.op)
+    traced = torch.fx.symbolic_trace(outer)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["module"]
+    assert not traced.eval().module.training
+    for program in (traced, pickle.loads(pickle.dumps(traced))):
+        yield program((*case.inputs[: case.op.data], *case.lengths)), case.right
+
+
 # --- the tables, and how a cell is judged ---
 
 
@@ -657,6 +786,14 @@ TABLES = {
         "`weight_norm`": Column((weight_norm,), of_modules=True),
         "`orthogonal`": Column((orthogonal,), of_modules=True),
     },
+    "inside": {
+        "`torch.jit.trace`": Column((jit_trace,)),
+        "`make_fx`": Column((proxy_mode,)),
+        "a dispatch mode": Column((dispatch_mode,)),
+        "a tensor subclass": Column((subclass,)),
+        "`FakeTensorMode`": Column((fake,)),
+        "`torch.fx`": Column((symbolic_trace,), of_modules=True),
+    },
 }
 # The kernels have no float64, and each of these runs in Triton's interpreter.
 TABLES["kernels"] = {
@@ -687,11 +824,13 @@ class Raises(NamedTuple):
 
 
 FOOTNOTES = {
-    "a": Raises(NotImplementedError, "You must implement the jvp function", ("forward AD of a pullback",)),
-    "b": Raises(
+    "a": Raises(
         NotImplementedError,
         "Trying to use forward AD with mkldnn_rnn_layer_backward",
         ("forward AD of a pullback",),
+    ),
+    "b": Raises(
+        NotImplementedError, "an op of gatematch has no forward-mode derivative", ("`export`, `jvp`",)
     ),
     "c": Raises(
         RuntimeError,
@@ -704,9 +843,6 @@ FOOTNOTES = {
     ),
     "e": Raises(
         torch._dynamo.exc.Unsupported, "Attempted to wrap a dual tensor input", ("dual numbers",), (2, 14)
-    ),
-    "h": Raises(
-        NotImplementedError, "an op of gatematch has no forward-mode derivative", ("`export`, `jvp`",)
     ),
     "f": Raises(ValueError, "cannot serve this call", ("`jvp`", "`jacfwd`", "forward AD")),
     "g": Raises(torch._dynamo.exc.Unsupported, "cannot serve this call", ("`torch.func` inside",)),
