@@ -219,7 +219,10 @@ TYPE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "hx-three": (lambda: module(x, (h, h, h)), "hx: expected a pair of tensors (h_0, c_0), got 3 of them"),
     "hx-none": (lambda: module(x, (h, None)), "hx[1]: expected a Tensor, got NoneType"),
-    "lengths": (lambda: module(x, None, [1, 2, 3]), "lengths: expected a Tensor, got list"),
+    "lengths": (
+        lambda: module(x, None, [1, 2.5, 3]),
+        "lengths: expected integers, got a list that holds others",
+    ),
     "params": (
         lambda: lstm(x, weights),
         "params: expected a mapping from names to tensors, got list",
