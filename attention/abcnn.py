@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from gatematch.checks import by_keyword, check_choice, check_dtype, check_int, check_kind, check_range
+from gatematch.checks import (
+    GivenLengths,
+    by_keyword,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_kind,
+    check_range,
+    check_tensor,
+)
 from gatematch.plan import fx_node
 
 from .functional import check_pair
@@ -179,7 +188,11 @@ class ABCNN(nn.Module):
             self.classifier.reset_parameters()
 
     def forward(
-        self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+        self,
+        q: Tensor,
+        a: Tensor,
+        q_lengths: GivenLengths | None = None,
+        a_lengths: GivenLengths | None = None,
     ) -> Tensor:
         """How similar both sentences are at each level.
 
@@ -187,7 +200,7 @@ class ABCNN(nn.Module):
             q: (B, Q, D), or unbatched (Q, D), in the dtype of the weights; with `embedding` integer ids
                 (B, Q) or (Q,). Q from 1 to `length`.
             a: (B, A, D), (A, D), (B, A) or (A,) likewise.
-            q_lengths: (B,) integers, on q's device or on the CPU, how many words of each q are real; all if
+            q_lengths: (B,) integers as for `pairwise_attention`, how many words of each q are real; all if
                 None. The others are left out ("official") or become zero vectors ("paper"). A sentence of
                 length 0 is allowed: its convolution sees `width` - 1 columns of zeros.
             a_lengths: the same for a.
@@ -203,7 +216,11 @@ class ABCNN(nn.Module):
         return similarities if self.classifier is None else self.classifier(similarities)
 
     def representations(
-        self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+        self,
+        q: Tensor,
+        a: Tensor,
+        q_lengths: GivenLengths | None = None,
+        a_lengths: GivenLengths | None = None,
     ) -> list[Pair]:
         """The all-ap vectors (q, a) at every level: the input's, (B, D), and each block's, (B, channels).
 
@@ -244,7 +261,7 @@ class ABCNN(nn.Module):
         return [Pair(level.q[0], level.a[0]) for level in levels] if unbatched else levels
 
     def _check(
-        self, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None
+        self, q: Tensor, a: Tensor, q_lengths: GivenLengths | None, a_lengths: GivenLengths | None
     ) -> tuple[bool, Tensor | None, Tensor | None]:
         """`check_pair`, and what else a call of this module needs."""
         if self.embedding is not None:
@@ -295,7 +312,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 def _check_ids(name: str, ids: Tensor, embedding: nn.Embedding) -> None:
-    check_kind(name, ids, Tensor)
+    check_tensor(name, ids)
     check_dtype(name, ids.dtype, (torch.int32, torch.int64))
     if ids.dim() not in (1, 2):
         size = name.upper()

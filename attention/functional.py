@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gatematch.checks import (
     FLOATING,
+    GivenLengths,
     check_alike,
     check_choice,
     check_dtype,
-    check_kind,
     check_lengths,
     check_shape,
+    check_tensor,
 )
 from gatematch.plan import who_computes
 from gatematch.torch_private import surroundings
@@ -32,8 +34,8 @@ from . import eager, ops
 def pairwise_attention(
     q: Tensor,
     a: Tensor,
-    q_lengths: Tensor | None = None,
-    a_lengths: Tensor | None = None,
+    q_lengths: GivenLengths | None = None,
+    a_lengths: GivenLengths | None = None,
     *,
     impl: str = "auto",
     precision: str = "float32",
@@ -46,8 +48,9 @@ def pairwise_attention(
     Args:
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16.
         a: (B, A, D) or (A, D), dtype and device of q.
-        q_lengths: (B,) integers, on q's device or on the CPU, how many rows of each q are real; the others
-            score 0, whatever they hold, and get no gradient.
+        q_lengths: (B,) integers, a tensor on q's device or on the CPU, or a list, tuple or array (compiled or
+            traced, a tensor): how many rows of each q are real; the others score 0, whatever they hold, and
+            get no gradient.
         a_lengths: the same for a.
         impl: "auto": the Triton kernels on CUDA, "torch" elsewhere and for float64. "triton": the kernels,
             or an error that says why not. "torch": PyTorch's own operations, tile by tile, on any device.
@@ -93,8 +96,8 @@ def pairwise_attend(
     v: Tensor,
     normalize: str | None = None,
     *,
-    q_lengths: Tensor | None = None,
-    a_lengths: Tensor | None = None,
+    q_lengths: GivenLengths | None = None,
+    a_lengths: GivenLengths | None = None,
     impl: str = "auto",
     precision: str = "float32",
 ) -> Tensor:
@@ -120,7 +123,7 @@ def pairwise_attend(
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or value, by name.
     """
     unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
-    check_kind("v", v, Tensor)
+    check_tensor("v", v)
     check_alike("v", v, "q", q)
     check_shape("v", v, (*a.shape[:-1], None))
     check_choice("normalize", normalize, (None, "rows"))
@@ -141,8 +144,8 @@ def pairwise_attend(
 def pairwise_sums(
     q: Tensor,
     a: Tensor,
-    q_lengths: Tensor | None = None,
-    a_lengths: Tensor | None = None,
+    q_lengths: GivenLengths | None = None,
+    a_lengths: GivenLengths | None = None,
     *,
     impl: str = "auto",
     precision: str = "float32",
@@ -185,16 +188,22 @@ def _path(given: Sequence[Any], impl: str, precision: str) -> str:
 
 
 def check_pair(
-    q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None
+    q: Tensor, a: Tensor, q_lengths: GivenLengths | None, a_lengths: GivenLengths | None
 ) -> tuple[bool, Tensor | None, Tensor | None]:
     """Raise for anything wrong; whether q and a are unbatched, and the lengths on their device."""
-    if not (isinstance(q, Tensor) and isinstance(a, Tensor)):
-        check_kind("q", q, Tensor)
-        check_kind("a", a, Tensor)
-    if not (q.is_cpu or q.is_cuda):
+    try:
+        strided = q.layout is a.layout is torch.strided
+        dtype, shape, other = q.dtype, q.shape, a.shape
+    except (AttributeError, RuntimeError):  # no tensor; a nested one
+        strided = False
+    if not strided or not isinstance(q, Tensor) or not isinstance(a, Tensor):
+        check_tensor("q", q)
+        check_tensor("a", a)
+    cpu = q.is_cpu
+    if not (cpu or q.is_cuda):
         raise ValueError(f"q: expected device cpu or cuda, got {q.device}")
-    dtype, shape, other = q.dtype, q.shape, a.shape
-    if dtype not in FLOATING or a.dtype != dtype or a.device != q.device:
+    # `is_cpu` costs a third of comparing devices.
+    if dtype not in FLOATING or a.dtype != dtype or not (a.is_cpu if cpu else a.device == q.device):
         check_dtype("q", dtype)
         check_alike("a", a, "q", q)
     rank = len(shape)
@@ -213,7 +222,7 @@ def check_pair(
     return rank == 2, q_lengths, a_lengths
 
 
-def _lengths(lengths: Tensor, like: str, rows: Tensor) -> Tensor:
+def _lengths(lengths: GivenLengths, like: str, rows: Tensor) -> Tensor:
     """Checked, and on the device of the rows; the host does not wait for the copy."""
-    check_lengths(f"{like}_lengths", lengths, like, rows, size=like.upper())
-    return lengths.to(rows.device, non_blocking=True)
+    found = check_lengths(f"{like}_lengths", lengths, like, rows, size=like.upper())
+    return found.to(rows.device, non_blocking=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from gatematch.checks import by_keyword, check_alike, check_bool, check_dtype, check_int
+from gatematch.checks import GivenLengths, by_keyword, check_alike, check_bool, check_dtype, check_int
 from gatematch.plan import fx_node
 
 from .functional import check_pair, checked_attention, pairwise_attention
@@ -16,7 +16,11 @@ class PairwiseAttention(nn.Module):
     """``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)`` as a module without parameters."""
 
     def forward(
-        self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+        self,
+        q: Tensor,
+        a: Tensor,
+        q_lengths: GivenLengths | None = None,
+        a_lengths: GivenLengths | None = None,
     ) -> Tensor:
         """`pairwise_attention` without its options."""
         if isinstance(q, Proxy):
@@ -79,7 +83,11 @@ class AttentionFeatures(nn.Module):
             nn.init.xavier_uniform_(self.weight_a)
 
     def forward(
-        self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+        self,
+        q: Tensor,
+        a: Tensor,
+        q_lengths: GivenLengths | None = None,
+        a_lengths: GivenLengths | None = None,
     ) -> tuple[Tensor, Tensor]:
         if isinstance(q, Proxy):
             return fx_node(self, q, a, q_lengths, a_lengths)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gatematch.checks import check_bool, check_int
+from gatematch.checks import GivenLengths, check_bool, check_int
 
 from .functional import check_pair, pairwise_sums
 from .operands import padding
@@ -19,8 +19,8 @@ def attention_pool(
     q: Tensor,
     a: Tensor,
     width: int,
-    q_lengths: Tensor | None = None,
-    a_lengths: Tensor | None = None,
+    q_lengths: GivenLengths | None = None,
+    a_lengths: GivenLengths | None = None,
     *,
     normalize: bool = False,
     impl: str = "auto",
@@ -38,7 +38,7 @@ def attention_pool(
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16; Q >= width.
         a: (B, A, D) or (A, D), dtype and device of q; A >= width.
         width: how many consecutive rows a window holds.
-        q_lengths: (B,) integers, on q's device or on the CPU, how many rows of each q are real; windows that
+        q_lengths: (B,) integers as for `pairwise_attention`, how many rows of each q are real; windows that
             reach past them give 0, and what lies there does not matter.
         a_lengths: the same for a.
         normalize: divide the weights of a sentence by their sum, as the authors' code does.

@@ -11,17 +11,19 @@ from functools import wraps
 from itertools import permutations
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeAlias
 
 import numpy as np
 import torch
 import torch.fx
 from torch import Tensor
 
-from .torch_private import assert_async, surroundings
+from .torch_private import assert_async, surroundings, tracing
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 P = ParamSpec("P")
+# As a caller may give them; compiled or traced, a tensor alone.
+GivenLengths: TypeAlias = Tensor | Sequence[int] | np.ndarray
 
 
 def check_kind(name: str, value: Any, kind: Any, expected: str = "", hint: str = "") -> None:
@@ -32,6 +34,14 @@ def check_kind(name: str, value: Any, kind: Any, expected: str = "", hint: str =
         raise TypeError(
             f"{name}: expected {expected or f'a {kind.__name__}'}, got {type(value).__name__}{hint}"
         )
+
+
+def check_tensor(name: str, value: Any, expected: str = "", hint: str = "") -> None:
+    """Strided: some ops of torch take the memory of another layout for that of a strided tensor."""
+    check_kind(name, value, Tensor, expected, hint)
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a strided tensor, got {got}")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -100,15 +110,21 @@ def _fits(got: Sequence[int], shape: Sequence[int | None]) -> bool:
     return len(got) == len(shape) and all([want is None or size == want for size, want in pairs])
 
 
-def check_lengths(name: str, lengths: Any, like: str, x: Tensor, time: int = 1, size: str = "T") -> None:
+def check_lengths(name: str, lengths: Any, like: str, x: Tensor, time: int = 1, size: str = "T") -> Tensor:
     """Integers (B,), from 0 to T, on the device of x or on the CPU; only for a batched x, with 3 dimensions.
 
     Args:
+        lengths: a tensor, or a list, tuple or array.
         like: the name of x in messages.
         time: the dimension of x, 0 or 1, that has T elements; the other one has B.
         size: the name of T in messages.
+
+    Returns:
+        The lengths as a tensor.
     """
-    check_kind(name, lengths, Tensor)
+    if isinstance(lengths, (list, tuple, np.ndarray)):
+        lengths = _tensor_of(name, lengths)
+    check_tensor(name, lengths, "a tensor or a list of integers")
     if x.dim() == 2:
         raise ValueError(f"{name}: expected None for an unbatched {like}, got {type(lengths).__name__}")
     dtype = lengths.dtype
@@ -120,6 +136,23 @@ def check_lengths(name: str, lengths: Any, like: str, x: Tensor, time: int = 1, 
         either = "cpu" if x.is_cpu else f"{x.device} or cpu"
         raise ValueError(f"{name}: expected device {either}, got {lengths.device}")
     check_range(name, lengths, x.shape[time], size)
+    result: Tensor = lengths
+    return result
+
+
+def _tensor_of(name: str, integers: Any) -> Tensor:
+    """A list, tuple or array of integers as a tensor on the CPU."""
+    if torch.compiler.is_compiling() or tracing():  # they would be part of the program, not of its inputs
+        got = type(integers).__name__
+        raise TypeError(f"{name}: expected a tensor inside of what is compiled or traced, got {got}")
+    try:
+        array = np.asarray(integers)
+    except (ValueError, TypeError, RuntimeError):  # a ragged list; tensors that are on a device
+        array = np.asarray(None)
+    if array.size > 0 and array.dtype.kind not in "iu":
+        kind = f"array of {array.dtype}" if isinstance(integers, np.ndarray) else type(integers).__name__
+        raise TypeError(f"{name}: expected integers, got a {kind} that holds others")
+    return torch.as_tensor(array.astype(np.int64), device="cpu")
 
 
 def check_range(name: str, values: Tensor, most: int, size: str, hint: str = "") -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gatematch.checks import check_dtype, check_kind
+from gatematch.checks import check_dtype, check_kind, check_tensor
 
 from .parameters import Parameters
 
@@ -28,7 +28,7 @@ def gradient(loss_fn: LossFn, parameters: Parameters) -> list[Tensor | None]:
     """The loss's gradient by each parameter, with its graph where it has one; None where it is constant 0."""
     with torch.inference_mode(False), torch.enable_grad():
         loss = loss_fn()
-        check_kind("loss_fn()", loss, Tensor)
+        check_tensor("loss_fn()", loss)
         if loss.numel() != 1:
             raise ValueError(f"loss_fn(): expected a scalar, got shape {tuple(loss.shape)}")
         check_dtype("loss_fn()", loss.dtype)

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from gatematch.checks import check_alike, check_bool, check_int, check_kind, check_shape
+from gatematch.checks import check_alike, check_bool, check_int, check_shape, check_tensor
 
 from .derivatives import LossFn, check_loss_fn, gradient, product, pull_back, warn_if_constant
 from .parameters import Parameters, Params
@@ -123,7 +123,7 @@ def hvp(loss_fn: LossFn, params: Params, vector: Tensor) -> Tensor:
     """
     check_loss_fn(loss_fn)
     parameters = Parameters(params)
-    check_kind("vector", vector, Tensor)
+    check_tensor("vector", vector)
     check_shape("vector", vector, (parameters.size,))
     check_alike("vector", vector, "params", parameters)
     gradients = gradient(loss_fn, parameters)

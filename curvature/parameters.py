@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gatematch.checks import check_dtype, check_kind
+from gatematch.checks import check_dtype, check_tensor
 
 Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 
@@ -106,7 +106,7 @@ def _named(params: Params) -> Iterator[tuple[str, Any]]:
 def _check(name: str, tensor: Any) -> None:
     name = f"params[{name!r}]"
     hint = "; for named_parameters(), pass dict(named_parameters())" if isinstance(tensor, tuple) else ""
-    check_kind(name, tensor, Tensor, hint=hint)
+    check_tensor(name, tensor, hint=hint)
     check_dtype(name, tensor.dtype)
     if not tensor.requires_grad:
         raise ValueError(f"{name}: expected requires_grad=True, got False; leave it out or requires_grad_()")

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gatematch.checks import (
+    GivenLengths,
     autocast_dtype,
     check_alike,
     check_dtype,
     check_kind,
     check_lengths,
     check_shape,
+    check_tensor,
 )
 from gatematch.plan import TABLE, who_computes
 from gatematch.torch_private import surroundings, tracing
@@ -38,7 +40,7 @@ def lstm(
     params: Mapping[str, Tensor],
     hx: State | None = None,
     *,
-    lengths: Tensor | None = None,
+    lengths: GivenLengths | None = None,
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
@@ -58,7 +60,8 @@ def lstm(
             with `_reverse`, and with `_l1` and so on. Layers, biases, directions and projection follow
             from the names. Any strides; the same tensor may stand under several names.
         hx: h_0 (L * D, B, P) and c_0 (L * D, B, H), without B for an unbatched x; zeros if None.
-        lengths: (B,) integers, on x's device or on the CPU: the valid steps of each row, 0 to T. Steps past
+        lengths: (B,) integers, on x's device or on the CPU, or a list, tuple or array of them: the valid
+            steps of each row, 0 to T; compiled or traced, a tensor. Steps past
             them are never looked at and give 0; the state stays that of the row's last valid step.
             impl="torch" reads them on the host, for which a call on CUDA waits for the device.
         dropout: probability of dropping an output between layers, if `training`. A seed draws what
@@ -126,7 +129,7 @@ def lstm_cell(
         check_cell(x, weights, hx)
     # torch's own op can be compiled, and neither mapped nor differentiated by torch.func.
     around = surroundings((), (x,), hx, weights)
-    plain = not around.startswith(("torch.func", "forward mode"))
+    plain = around == "nothing" or not around.startswith(("torch.func", "forward mode"))
     by_kernel = who_computes(x, impl, around, KERNELS, ("step",)) == "triton"
     by_kernel = by_kernel and 0 not in (x.numel(), len(weight_hh))
     # The reference promotes, and the kernel takes, what torch's op refuses.
@@ -156,7 +159,7 @@ def run(
     weights: list[Tensor],
     spec: Spec,
     hx: State | None,
-    lengths: Tensor | None,
+    lengths: GivenLengths | None,
     batch_first: bool,
     dropout: float,
     training: bool,
@@ -174,7 +177,7 @@ def run(
             raise ValueError(f"lengths: expected None with a PackedSequence, which has its own, got {got}")
         return _run_packed(x, weights, spec, hx, dropout, training, return_cells, impl)
     if lengths is not None:
-        check_lengths("lengths", lengths, "x", x, 1 if batch_first else 0)
+        lengths = check_lengths("lengths", lengths, "x", x, 1 if batch_first else 0)
     if unbatched := x.dim() == 2:
         batch_first = False
         x = x.unsqueeze(1)
@@ -201,20 +204,26 @@ def run(
     cells: tuple[Tensor, ...] = ()
     # The fused op takes no packing without a step.
     fused = path == "eager" and (lengths is None or (packing is not None and len(packing.order) > 0))
-    if return_cells or not fused:
-        x = x.transpose(0, 1) if batch_first else x
-        rows = None if packing is None else packing.rows(x.shape, batch_first=False)
-        call = (x, weights, spec, hx, lengths, dropout, training, rows, return_cells)
-        y, h_n, c_n, c = ops.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
-        cells = () if c is None else (c,)
-        if batch_first:
-            y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
-    elif packing is not None:
-        options = _options(x, spec, dropout, training)
-        y, h_n, c_n = with_lengths(x, weights, hx, packing, batch_first, options)
-    else:
-        options = _options(x, spec, dropout, training)
-        y, h_n, c_n = torch.lstm(x, hx, weights, *options, batch_first)
+    try:
+        if return_cells or not fused:
+            x = x.transpose(0, 1) if batch_first else x
+            rows = None if packing is None else packing.rows(x.shape, batch_first=False)
+            call = (x, weights, spec, hx, lengths, dropout, training, rows, return_cells)
+            y, h_n, c_n, c = ops.layers(*call, impl) if path == "triton" else _as_fused(*call, path)
+            cells = () if c is None else (c,)
+            if batch_first:
+                y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
+        elif packing is not None:
+            options = _options(x, spec, dropout, training)
+            y, h_n, c_n = with_lengths(x, weights, hx, packing, batch_first, options)
+        else:
+            options = _options(x, spec, dropout, training)
+            y, h_n, c_n = torch.lstm(x, hx, weights, *options, batch_first)
+    except RuntimeError:
+        # Parameters change so seldom that their layouts are not looked at in every call.
+        for name, weight in zip(spec.names, weights, strict=True):
+            check_tensor(name, weight)
+        raise
     if unbatched:
         return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1)), *(c.squeeze(1) for c in cells)
     return y, (h_n, c_n), *cells
@@ -240,7 +249,7 @@ def _run_packed(
     around = surroundings((data, batch_sizes), (data,), hx, weights)
     path = who_computes(data, impl, around, KERNELS, KERNELS)
     if path != "eager" or return_cells:
-        valid = torch.arange(B) < batch_sizes[:, None]  # (T, B)
+        valid = torch.arange(B, device="cpu") < batch_sizes[:, None]  # (T, B)
         index = valid.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
         padded = scatter_rows(data, index, valid.shape)
         call = (padded, weights, spec, hx, valid.sum(0), dropout, training, index, return_cells)
@@ -326,11 +335,15 @@ def fits(x: Any, weights: list[Tensor], spec: Spec, hx: State | None, batch_firs
         T = shape[1 if batch_first and len(shape) == 3 else 0]
         if T == 0 or len(shape) not in (2, 3) or shape[-1] != spec.input_size:
             return False
+        if x.layout is not torch.strided:
+            return False
         if hx is not None:
+            if not hx[0].layout is hx[1].layout is torch.strided:
+                return False
             h_shape, c_shape = spec.state_shapes(None if len(shape) == 2 else shape[0 if batch_first else 1])
             weights, shapes = [*weights, *hx], (*shapes, h_shape, c_shape)
         return _alike(x, weights, shapes) and (hx is None or isinstance(hx, (tuple, list)))
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):  # this of a nested tensor
         return False
 
 
@@ -354,10 +367,10 @@ def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
                 return False
             if h.dtype is not dtype or c.dtype is not dtype:
                 return False
-        if not dtype.is_floating_point or not 0 < len(shape) < 3:
+        if not dtype.is_floating_point or not 0 < len(shape) < 3 or x.layout is not torch.strided:
             return False
         return all([weight.is_cpu is cpu for weight in weights])
-    except (AttributeError, TypeError, ValueError, IndexError):
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         return False
 
 
@@ -383,10 +396,10 @@ def check_call(
     """Raise an error, in one sentence, unless this is a call that the LSTM can answer."""
     ranks: tuple[int, ...] = (2, 3)
     if isinstance(x, PackedSequence):
-        check_kind("x.data", x.data, Tensor)
         data, expected, ranks = x.data, f"data of shape (sum of lengths, {spec.input_size})", (2,)
+        check_tensor("x.data", data)
     else:
-        check_kind("x", x, Tensor, "a Tensor or PackedSequence")
+        check_tensor("x", x, "a Tensor or PackedSequence")
         order = "B, T" if batch_first else "T, B"
         data = x
         expected = f"shape ({order}, {spec.input_size}) or (T, {spec.input_size})"
@@ -396,7 +409,7 @@ def check_call(
         raise ValueError(f"x: expected {expected}, got {tuple(data.shape)}{hint}")
     check_dtype("x", data.dtype)
     for name, weight, shape in zip(spec.names, weights, spec.shapes, strict=True):
-        check_kind(name, weight, Tensor)
+        check_tensor(name, weight)
         check_shape(name, weight, shape)
     # Where x and the weights differ, it is usually x that the caller can mend.
     for name, tensor in zip(("x", *spec.names[1:]), (data, *weights[1:]), strict=True):
@@ -421,7 +434,7 @@ def check_packed(x: PackedSequence) -> int:
     Indices on another device than the CPU are not read: the host would wait.
     """
     data, batch_sizes, *indices = x
-    check_kind("x.batch_sizes", batch_sizes, Tensor)
+    check_tensor("x.batch_sizes", batch_sizes)
     if batch_sizes.dtype != torch.int64:
         raise TypeError(f"x.batch_sizes: expected dtype torch.int64, got {batch_sizes.dtype}")
     check_shape("x.batch_sizes", batch_sizes, (None,))
@@ -441,7 +454,7 @@ def check_packed(x: PackedSequence) -> int:
     rows: list[Any] = []
     for name, index in zip(("x.sorted_indices", "x.unsorted_indices"), indices, strict=True):
         if index is not None:
-            check_kind(name, index, Tensor)
+            check_tensor(name, index)
             check_dtype(name, index.dtype, (torch.int32, torch.int64))
             check_shape(name, index, (B,))
             if index.device != data.device:
@@ -457,12 +470,12 @@ def check_packed(x: PackedSequence) -> int:
 
 def check_cell(x: Tensor, weights: Sequence[Tensor | None], hx: State | None) -> None:
     """`check_call` for one step."""
-    check_kind("x", x, Tensor)
+    check_tensor("x", x)
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(weights)]
     check_matrix("weight_ih", weights[0], empty=True)
     check_matrix("weight_hh", weights[1], empty=True)
     for name, bias in zip(names[2:], weights[2:], strict=True):
-        check_kind(name, bias, Tensor)
+        check_tensor(name, bias)
     tensors = [weight for weight in weights if weight is not None]
     I, H = sizes(x, tensors[0], tensors[1])
     shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
@@ -484,7 +497,7 @@ def check_state(hx: Any, x: Tensor, h_shape: tuple[int, ...], c_shape: tuple[int
         hint = "; lengths are passed by name" if isinstance(hx, Tensor) and hx.dim() == 1 else ""
         raise TypeError(f"hx: expected a pair of tensors (h_0, c_0), got {got}{hint}")
     for name, state, shape in (("hx[0]", hx[0], h_shape), ("hx[1]", hx[1], c_shape)):
-        check_kind(name, state, Tensor)
+        check_tensor(name, state)
         check_shape(name, state, shape)
         check_alike(name, state, "x", x, autocast=True)
 

@@ -41,7 +41,7 @@ class Packing(NamedTuple):
     def of(cls, lengths: Tensor, T: int) -> Packing:
         """The only read of the lengths, since on CUDA each one waits."""
         descending, order = torch.sort(lengths.cpu().to(torch.int64).clamp(0, T), descending=True)
-        valid = torch.arange(T)[:, None] < descending
+        valid = torch.arange(T, device="cpu")[:, None] < descending
         batch_sizes = valid.sum(1)
         t, place = valid.nonzero(as_tuple=True)
         return cls(order[descending > 0], batch_sizes[batch_sizes > 0], t, order[place])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from gatematch.checks import check_choice, check_int, check_kind
+from gatematch.checks import GivenLengths, check_choice, check_int, check_kind
 from gatematch.plan import fx_node
 
 from .functional import check_dropout, lstm_cell, run
@@ -154,7 +154,7 @@ class LSTM(nn.Module):
         self,
         input: Tensor | PackedSequence,
         hx: State | None = None,
-        lengths: Tensor | None = None,
+        lengths: GivenLengths | None = None,
         return_cells: bool = False,
     ) -> tuple[Any, ...]:
         """y, (h_n, c_n), and the last layer's cell states with `return_cells`.
@@ -164,7 +164,7 @@ class LSTM(nn.Module):
         the number of directions; lengths is (B,). Results, dtypes and errors are those of
         `gatematch.lstm.lstm`.
         """
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return fx_node(self, input, hx, lengths, return_cells)
         spec, parameters = self._spec or self._current(), self._parameters
         try:  # much quicker than attribute access, which reaches `_parameters` last
@@ -252,7 +252,7 @@ class LSTMCell(nn.Module):
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """The next h and c, from (B, I) or (I,) and h and c (B, H) or (H,): `gatematch.lstm.lstm_cell`."""
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return fx_node(self, input, hx)
         parameters = self._parameters
         try:

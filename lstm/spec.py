@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gatematch.checks import check_kind
+from gatematch.checks import check_kind, check_tensor
 
 State = tuple[Tensor, Tensor]
 # What `impl` may name.
@@ -109,11 +109,12 @@ def sizes(x: Any, weight_ih: Tensor, weight_hh: Tensor, projected: bool = False)
     rows, columns = weight_ih.shape
     if rows != 4 * H and columns == 4 * H:
         return rows, H
-    width = x.shape[-1] if isinstance(x, Tensor) and x.dim() > 0 else columns
+    known = isinstance(x, Tensor) and not x.is_nested and x.dim() > 0
+    width = x.shape[-1] if known else columns
     return width if rows != 4 * H and width == rows else columns, H
 
 
 def check_matrix(name: str, value: Any, empty: bool = False) -> None:
-    check_kind(name, value, Tensor)
+    check_tensor(name, value)
     if value.dim() != 2 or (value.numel() == 0 and not empty):
         raise ValueError(f"{name}: expected a matrix, got shape {tuple(value.shape)}")

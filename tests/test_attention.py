@@ -505,9 +505,9 @@ q0, a0 = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
             r"q_lengths: expected shape \(2,\), got \(3,\)",
         ),
         (
-            lambda: pairwise_attention(q0, a0, [1, 2]),
+            lambda: pairwise_attention(q0, a0, [1, 2.5]),
             TypeError,
-            "q_lengths: expected a Tensor, got list",
+            "q_lengths: expected integers, got a list that holds others",
         ),
         (
             lambda: pairwise_attention(q0, a0, torch.ones(2)),

@@ -301,7 +301,10 @@ TYPE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: call_packed(data, [3, 2, 1, 1], indices, indices.float()),
         "x.unsorted_indices: expected dtype torch.int32 or torch.int64, got torch.float32",
     ),
-    "lengths": (lambda: module(x, None, [1, 2, 3]), "lengths: expected a Tensor, got list"),
+    "lengths": (
+        lambda: module(x, None, [1, 2.5, 3]),
+        "lengths: expected integers, got a list that holds others",
+    ),
     "params": (
         lambda: lstm(x, weights),
         "params: expected a mapping from names to tensors, got list",

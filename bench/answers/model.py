@@ -80,7 +80,7 @@ class TorchAttentionFeatures(AttentionFeatures):
     """The same parameters as ours, over torch's pairwise attention."""
 
     def forward(
-        self, q: Tensor, a: Tensor, q_lengths: Tensor | None = None, a_lengths: Tensor | None = None
+        self, q: Tensor, a: Tensor, q_lengths: Any = None, a_lengths: Any = None
     ) -> tuple[Tensor, Tensor]:
         assert q_lengths is not None and a_lengths is not None
         S = torch_pairwise(q, a, q_lengths, a_lengths)

@@ -1,0 +1,157 @@
+"""What holds of everything public: other defaults, tensors that are not strided, lengths in a list.
+
+Run as a script, this prints what is wrong with tensors of other layouts: some would crash the process.
+"""
+
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from public import calls, public
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+PUBLIC, CALLS = public(), calls()
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse|The PyTorch API of nested|There is no mkldnn")
+
+
+def test_there_is_a_call_of_everything() -> None:
+    assert CALLS.keys() == PUBLIC.keys()
+
+
+def results(name: str, arguments: dict[str, Any]) -> list[Any]:
+    """What a call returns or fills, as a flat list."""
+    torch.manual_seed(1)
+    found = PUBLIC[name](**arguments)
+    found = dict(found.state_dict()) if isinstance(found, nn.Module) else found
+    filled = arguments["module"].state_dict() if name.endswith("_") else {}
+    return tree_leaves((found, dict(filled)))
+
+
+def same(found: Any, right: Any, tolerance: float = 0) -> bool:
+    if isinstance(right, Tensor):
+        kind = found.device == right.device and found.dtype == right.dtype
+        return kind and torch.allclose(found, right, rtol=0, atol=tolerance)
+    if isinstance(right, (np.ndarray, float)):
+        return np.array_equal(found, right)
+    return type(found) is type(right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_defaults_of_device_and_dtype_change_no_result(name: str, dtype: torch.dtype) -> None:
+    """The meta device stands for a GPU: a tensor that is made there by default has no values."""
+    right, arguments = results(name, calls()[name]), calls()[name]
+    made = isinstance(PUBLIC[name], type) and issubclass(PUBLIC[name], nn.Module)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = results(name, arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if made:  # parameters follow the defaults, as torch.nn's do
+        assert all(weight.is_meta and weight.dtype == dtype for weight in found)
+    else:
+        assert len(found) == len(right) and all(map(same, found, right))
+
+
+LENGTHS = [(name, key) for name, call in CALLS.items() for key in call if key.endswith("lengths")]
+INTEGERS: list[Callable[[Tensor], Any]] = [
+    Tensor.tolist,
+    lambda n: tuple(n.tolist()),
+    lambda n: n.numpy().astype(np.uint8),
+    lambda n: n.numpy().astype(np.int32)[::1],
+]
+
+
+WRONG = ([1.5, 2.0], ["a", "b"], [[1], [2]], [[1], [2, 3]], [True, False], [1], [9, 9], [-1, 1], [None], "ab")
+
+
+@pytest.mark.parametrize(("name", "key"), LENGTHS)
+def test_lengths_in_a_list(name: str, key: str) -> None:
+    right = results(name, CALLS[name])
+    for convert in INTEGERS:
+        found = results(name, CALLS[name] | {key: convert(CALLS[name][key])})
+        assert all(map(same, found, right))
+    for wrong in WRONG:
+        with pytest.raises((TypeError, ValueError), match=rf"^{key}: expected [^\n]*$"):
+            results(name, CALLS[name] | {key: wrong})
+
+
+def test_lengths_in_a_list_are_not_compiled() -> None:
+    call = CALLS["pairwise_sums"] | {"q_lengths": [3, 2]}
+    with pytest.raises(
+        Exception, match="q_lengths: expected a tensor inside of what is compiled or traced, got list"
+    ):
+        torch.compile(lambda: PUBLIC["pairwise_sums"](**call), backend="eager", fullgraph=True)()
+    with pytest.raises(TypeError, match="q_lengths: expected a tensor inside of what is compiled or traced"):
+        torch.jit.trace(lambda q: PUBLIC["pairwise_sums"](**call | {"q": q}), call["q"])
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse_coo": lambda x: x.detach().to_sparse(),
+    "sparse_csr": lambda x: x.detach().to_sparse_csr(),
+    "mkldnn": lambda x: x.detach().to_mkldnn(),
+    "mkldnn, bfloat16": lambda x: x.detach().bfloat16().to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x.detach())),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x.detach()), layout=torch.jagged),
+}
+
+
+def replaced(value: Any, convert: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Any]]:
+    """An argument with each of its tensors replaced in turn, and its name from there."""
+    if isinstance(value, Tensor):
+        try:
+            yield "", convert(value)
+        except (RuntimeError, IndexError):  # there is no such layout of it
+            return
+    elif isinstance(value, (list, tuple)):
+        for k, item in enumerate(value):
+            for n, new in replaced(item, convert):
+                yield f"[{k}]{n}", type(value)([*value[:k], new, *value[k + 1 :]])
+    elif isinstance(value, dict):
+        for k, item in value.items():
+            yield from ((f"[{k!r}]{n}", value | {k: new}) for n, new in replaced(item, convert))
+
+
+def layouts() -> Iterator[str]:
+    """The calls in which a tensor of another layout neither raises a sentence nor changes nothing."""
+    for name, call in CALLS.items():
+        right = results(name, calls()[name])
+        for key, value in call.items():
+            for layout, convert in LAYOUTS.items():
+                for place, new in replaced(value, convert):
+                    described = f"{name}, {key}{place}: {layout}"
+                    print(described, flush=True)
+                    try:
+                        found = results(name, calls()[name] | {key: new})
+                    except (TypeError, ValueError) as error:
+                        if not re.fullmatch(r"[\w.]+(\(\)|\[.+?\])*( \(\w+\))?: expected .+", str(error)):
+                            yield f"{described}: {type(error).__name__}: {error}"
+                    except Exception as error:
+                        yield f"{described}: {type(error).__name__}: {error}"
+                    else:
+                        if not all(same(x, y, 1e-6) for x, y in zip(found, right, strict=True)):
+                            yield f"{described}: another result"
+
+
+def test_tensors_that_are_not_strided() -> None:
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
+    *tried, last = run.stdout.splitlines()
+    assert run.returncode == 0, f"{last} ends the process with {run.returncode}: {run.stderr}"
+    assert len(tried) > 200 and not run.stderr, run.stderr
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    wrong = list(layouts())
+    print("done")
+    if wrong:
+        sys.exit("\n".join(wrong))
