@@ -182,7 +182,7 @@ def pairwise_sums(
 
 def _path(given: Sequence[Any], impl: str, precision: str) -> str:
     """Who computes a call, see plan.py; the ops know "triton" and "torch" by these names too."""
-    if precision not in ("float32", "tf32"):
+    if type(precision) is not str or precision not in ("float32", "tf32"):
         check_choice("precision", precision, ("float32", "tf32"))
     return who_computes(given[0], impl, surroundings(given, given))
 

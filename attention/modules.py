@@ -107,10 +107,9 @@ class AttentionFeatures(nn.Module):
 
 
 def check_weighted(name: str, rows: Tensor, weight: Tensor) -> None:
-    """Rows that weights multiply are on their device, in their dtype; autocast unites all but float64.
+    """Rows that weights multiply are on their device, in their dtype or in one that autocast casts.
 
     Checked before q and a are compared: what the weights tell of q comes before what q tells of a.
     """
     check_pair(rows, rows, None, None)
-    united = torch.is_autocast_enabled(rows.device.type) and torch.float64 not in (rows.dtype, weight.dtype)
-    check_alike(name, rows, "the weights", weight, any_dtype=united)
+    check_alike(name, rows, "the weights", weight, autocast=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import permutations
 from numbers import Integral, Real
+from types import NoneType
 from typing import Any, ParamSpec, TypeAlias
 
 import numpy as np
@@ -66,9 +67,12 @@ def check_number(name: str, value: Any, over: float | None = None) -> None:
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    expected = f"one of {', '.join(map(repr, choices))}"
+    # `in` would compare an array element by element.
+    check_kind(name, value, (str, NoneType) if None in choices else str, expected)
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype] = FLOATING) -> None:
@@ -77,12 +81,18 @@ def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype] = 
         raise TypeError(f"{name}: expected dtype {', '.join(others)} or {last}, got {dtype}")
 
 
-def check_alike(name: str, tensor: Tensor, like: str, other: Any, any_dtype: bool = False) -> None:
-    """Both must be on one device, and of one dtype unless `any_dtype`, for what autocast casts."""
+def check_alike(name: str, tensor: Tensor, like: str, other: Any, autocast: bool = False) -> None:
+    """Both must be on one device and of one dtype, or with `autocast` of two that it casts now."""
     if tensor.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} as {like}, got {tensor.device}")
-    if tensor.dtype != other.dtype and not any_dtype:
+    if tensor.dtype != other.dtype and not (autocast and autocast_dtype(tensor) and autocast_dtype(other)):
         raise TypeError(f"{name}: expected dtype {other.dtype} as {like}, got {tensor.dtype}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast on x's device casts x now; None where it does not, as float64."""
+    casts = x.dtype in FLOATING[1:] and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if casts else None
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None], hint: str = "") -> None:

@@ -65,7 +65,7 @@ def who_computes(
     Raises:
         ValueError: `impl` is unknown, or asks for kernels that cannot serve the call.
     """
-    if impl not in ("auto", "torch", "triton"):
+    if type(impl) is not str or impl not in ("auto", "torch", "triton"):
         check_choice("impl", impl, ("auto", "torch", "triton", *named))
     kernels, otherwise = TABLE[around]
     if impl == "torch" or (impl == "auto" and not x.is_cuda):

@@ -24,8 +24,6 @@ add_legacy_batch_dim = torch._add_batch_dim
 remove_legacy_batch_dim = torch._remove_batch_dim
 # A tensor of a level of torch.func that is closed, as it is outside; of an open one it is x itself.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-# Autocast is on for some device.
-is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 # An assertion on the device, for which the host does not wait.
 assert_async = torch._assert_async
 # Decorates a function that Dynamo must not trace, nor enter after a graph break.
@@ -66,6 +64,11 @@ def forward_mode() -> bool:
 def has_tangent(x: Any) -> bool:
     """Whether forward mode differentiates by x, where it is open and no ``torch.func`` hides it."""
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def writes(x: Tensor) -> int | None:
+    """How often x or a view of its memory was written to in place; None where torch does not count."""
+    return None if x.is_inference() else x._version
 
 
 def tracing() -> bool:

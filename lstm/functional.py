@@ -9,6 +9,7 @@ serve the call, and is "torch" elsewhere.
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Real
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gatematch.checks import (
     GivenLengths,
+    autocast_dtype,
     check_alike,
     check_dtype,
     check_kind,
@@ -25,7 +27,7 @@ from gatematch.checks import (
     check_tensor,
 )
 from gatematch.plan import TABLE, who_computes
-from gatematch.torch_private import is_any_autocast_enabled, surroundings, tracing
+from gatematch.torch_private import surroundings, tracing
 
 from . import ops
 from .fused import Options, Packing, with_lengths
@@ -123,13 +125,16 @@ def lstm_cell(
         weights: tuple[Any, ...] = (weight_ih, weight_hh)
     else:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    if not cell_fits(x, weights, hx):
+        check_cell(x, weights, hx)
     # torch's own op can be compiled, and neither mapped nor differentiated by torch.func.
     around = surroundings((), (x,), hx, weights)
     plain = around == "nothing" or not around.startswith(("torch.func", "forward mode"))
-    # The reference promotes where torch's op refuses.
-    if not plain or not cell_fits(x, weights, hx):
+    by_kernel = who_computes(x, impl, around, KERNELS, ("step",)) == "triton"
+    by_kernel = by_kernel and 0 not in (x.numel(), len(weight_hh))
+    # The reference promotes, and the kernel takes, what torch's op refuses.
+    if not plain or (by_kernel and any([weight.dtype is not x.dtype for weight in weights])):
         check_cell(x, weights, hx)
-    by_kernel = who_computes(x, impl, around, KERNELS, ("step",)) == "triton" and x.numel() > 0
     if unbatched := x.dim() == 1:
         x = x.unsqueeze(0)
         hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
@@ -275,9 +280,8 @@ def _as_fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, h_n, c_n, c by the ops or the reference, in the dtypes that autocast would give the fused op's."""
     device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    low = torch.get_autocast_dtype(device) if autocast else x.dtype
-    dtype = low
+    autocast = autocast_dtype(x)
+    dtype = low = autocast or x.dtype
     onednn = lengths is None and spec.proj_size == 0 and x.numel() > 0
     if autocast and device == "cpu" and not onednn:
         # oneDNN's op has everything in autocast's dtype; torch's own loop, in use for the rest, only the
@@ -344,13 +348,13 @@ def fits(x: Any, weights: list[Tensor], spec: Spec, hx: State | None, batch_firs
 
 
 def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
-    """Whether the shapes are those of a plain call of the cell, weights and biases in torch's order.
+    """Whether this is a plain call of the cell, weights and biases in torch's order.
 
-    Only what torch's op would broadcast, promote or compute, on the meta device or in complex numbers: the
-    rest it refuses.
+    Only what torch's op would broadcast, promote or compute, on the meta device or in complex numbers, and
+    what is no tensor: the rest it refuses.
     """
     try:
-        shape = x.shape
+        shape, dtype, cpu = x.shape, x.dtype, x.is_cpu
         H = weights[1].shape[1]
         gates = 4 * H
         if weights[0].shape != (gates, shape[-1]) or weights[1].shape != (gates, H):
@@ -361,10 +365,9 @@ def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
             h, c = hx
             if not h.shape == c.shape == (*shape[:-1], H) or not isinstance(hx, (tuple, list)):
                 return False
-            if c.dtype is not x.dtype:
+            if h.dtype is not dtype or c.dtype is not dtype:
                 return False
-        cpu = x.is_cpu
-        if not x.dtype.is_floating_point or not 0 < len(shape) < 3 or x.layout is not torch.strided:
+        if not dtype.is_floating_point or not 0 < len(shape) < 3 or x.layout is not torch.strided:
             return False
         return all([weight.is_cpu is cpu for weight in weights])
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
@@ -393,9 +396,8 @@ def check_call(
     """Raise an error, in one sentence, unless this is a call that the LSTM can answer."""
     ranks: tuple[int, ...] = (2, 3)
     if isinstance(x, PackedSequence):
-        B = int(x.batch_sizes[0])
         data, expected, ranks = x.data, f"data of shape (sum of lengths, {spec.input_size})", (2,)
-        check_tensor("x", data)
+        check_tensor("x.data", data)
     else:
         check_tensor("x", x, "a Tensor or PackedSequence")
         order = "B, T" if batch_first else "T, B"
@@ -409,12 +411,13 @@ def check_call(
     for name, weight, shape in zip(spec.names, weights, spec.shapes, strict=True):
         check_tensor(name, weight)
         check_shape(name, weight, shape)
-    autocast = is_any_autocast_enabled()
     # Where x and the weights differ, it is usually x that the caller can mend.
     for name, tensor in zip(("x", *spec.names[1:]), (data, *weights[1:]), strict=True):
-        check_alike(name, tensor, spec.names[0], weights[0], autocast)
+        check_alike(name, tensor, spec.names[0], weights[0], autocast=True)
 
-    if isinstance(x, Tensor):
+    if isinstance(x, PackedSequence):
+        B = check_packed(x)
+    else:
         batched = x.dim() == 3
         T, B = (x.shape[1], x.shape[0]) if batched and batch_first else (x.shape[0], x.shape[1])
         if T == 0:
@@ -425,12 +428,52 @@ def check_call(
         check_state(hx, data, *spec.state_shapes(None if unbatched else B))
 
 
+def check_packed(x: PackedSequence) -> int:
+    """Its number of rows; an error where its parts contradict each other, for anybody can put one together.
+
+    Indices on another device than the CPU are not read: the host would wait.
+    """
+    data, batch_sizes, *indices = x
+    check_tensor("x.batch_sizes", batch_sizes)
+    if batch_sizes.dtype != torch.int64:
+        raise TypeError(f"x.batch_sizes: expected dtype torch.int64, got {batch_sizes.dtype}")
+    check_shape("x.batch_sizes", batch_sizes, (None,))
+    if not batch_sizes.is_cpu or batch_sizes.numel() == 0:
+        got = f"shape {tuple(batch_sizes.shape)} on {batch_sizes.device}"
+        raise ValueError(f"x.batch_sizes: expected at least one step on the CPU, got {got}")
+    if torch.compiler.is_compiling() or tracing():
+        return int(batch_sizes[0])
+    counts = batch_sizes.tolist()
+    B = counts[0]
+    if B < 1 or counts[-1] < 0 or sorted(counts, reverse=True) != counts:
+        raise ValueError(
+            f"x.batch_sizes: expected at least 1 row, and in no step more than before, got {short(counts)}"
+        )
+    if sum(counts) != len(data):
+        raise ValueError(f"x.data: expected sum of batch_sizes = {sum(counts)} rows, got {len(data)}")
+    rows: list[Any] = []
+    for name, index in zip(("x.sorted_indices", "x.unsorted_indices"), indices, strict=True):
+        if index is not None:
+            check_tensor(name, index)
+            check_dtype(name, index.dtype, (torch.int32, torch.int64))
+            check_shape(name, index, (B,))
+            if index.device != data.device:
+                raise ValueError(f"{name}: expected device {data.device} as x.data, got {index.device}")
+        rows.append(list(range(B)) if index is None else index.tolist() if index.is_cpu else None)
+    order, back = rows
+    if order is not None and sorted(order) != list(range(B)):
+        raise ValueError(f"x.sorted_indices: expected each of 0 to {B - 1} once, got {short(order)}")
+    if None not in rows and [back[row] for row in order] != list(range(B)):
+        raise ValueError(f"x.unsorted_indices: expected the inverse of x.sorted_indices, got {short(back)}")
+    return B
+
+
 def check_cell(x: Tensor, weights: Sequence[Tensor | None], hx: State | None) -> None:
     """`check_call` for one step."""
     check_tensor("x", x)
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: len(weights)]
-    check_matrix("weight_ih", weights[0])
-    check_matrix("weight_hh", weights[1])
+    check_matrix("weight_ih", weights[0], empty=True)
+    check_matrix("weight_hh", weights[1], empty=True)
     for name, bias in zip(names[2:], weights[2:], strict=True):
         check_tensor(name, bias)
     tensors = [weight for weight in weights if weight is not None]
@@ -442,9 +485,8 @@ def check_cell(x: Tensor, weights: Sequence[Tensor | None], hx: State | None) ->
         hint = "; it looks transposed" if x.dim() == 2 and x.shape[0] == I else ""
         raise ValueError(f"x: expected shape (B, {I}) or ({I},), got {tuple(x.shape)}{hint}")
     check_dtype("x", x.dtype)
-    autocast = is_any_autocast_enabled()
     for name, tensor in zip(("x", *names[1:]), (x, *tensors[1:]), strict=True):
-        check_alike(name, tensor, "weight_ih", tensors[0], autocast)
+        check_alike(name, tensor, "weight_ih", tensors[0], autocast=True)
     if hx is not None:
         check_state(hx, x, (*x.shape[:-1], H), (*x.shape[:-1], H))
 
@@ -457,7 +499,7 @@ def check_state(hx: Any, x: Tensor, h_shape: tuple[int, ...], c_shape: tuple[int
     for name, state, shape in (("hx[0]", hx[0], h_shape), ("hx[1]", hx[1], c_shape)):
         check_tensor(name, state)
         check_shape(name, state, shape)
-        check_alike(name, state, "x", x, is_any_autocast_enabled())
+        check_alike(name, state, "x", x, autocast=True)
 
 
 def check_dropout(dropout: Any) -> None:

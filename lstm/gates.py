@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gatematch.checks import check_bool, check_choice, check_kind, check_number
+from gatematch.torch_private import writes
 
 GATES = "ifgo"
 # Each packed parameter, in torch's order, and how the names of its gates begin; W_hr is a whole name.
@@ -102,7 +103,8 @@ def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], o
 
     Returns the module. Raises, before anything is written, TypeError for a rule that is neither, and
     ValueError for a constant that is not finite and for a pattern that matches no name or that matches a
-    gate of a parametrised weight, which has no memory of its own to write to.
+    gate of a parametrised weight, which has no memory of its own to write to. TypeError for a function that
+    returns another tensor and does not write, which nobody would miss.
     """
     check_kind("rules", rules, Mapping, "a mapping from patterns")
     for pattern, rule in rules.items():
@@ -125,11 +127,25 @@ def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], o
     with torch.no_grad():
         for pattern, rule in rules.items():
             for name in matches[pattern]:
-                if callable(rule):
-                    rule(gates[name])
-                else:
-                    gates[name].fill_(rule)
+                view = gates[name]
+                if not callable(rule):
+                    view.fill_(rule)
+                    continue
+                before = writes(view)
+                found = rule(view)
+                if found is not None and writes(view) == before is not None and not _shared(found, view):
+                    raise TypeError(
+                        f"rules[{pattern!r}]: expected a function that writes to the view it is given, "
+                        f"got one that returns a {type(found).__name__} and leaves {name} as it was"
+                    )
     return module
+
+
+def _shared(found: object, view: Tensor) -> bool:
+    """Whether a function returned a part of what it was given, as after a write through `view.data`."""
+    if not isinstance(found, Tensor) or found.layout != torch.strided:
+        return False
+    return found.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
 
 
 def init_preset_(module: Module, preset: str, generator: torch.Generator | None = None) -> Module:
@@ -172,6 +188,8 @@ def init_preset_(module: Module, preset: str, generator: torch.Generator | None 
     hidden = len(next(iter(packed.values()))) // 4
     for name, tensor in packed.items():
         kind, suffix = _parse(name)
+        if tensor.numel() == 0:  # of a cell without inputs or hidden units
+            continue
         if preset == "torch":
             _uniform_(tensor, 1 / math.sqrt(hidden), generator)
         elif kind.startswith("bias"):

@@ -7,14 +7,18 @@ may be tied, parametrised, replaced, or swapped by `torch.func.functional_call`.
 
 import math
 import warnings
+from contextlib import suppress
+from numbers import Integral
+from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from gatematch.checks import GivenLengths, check_choice, check_kind
+from gatematch.checks import GivenLengths, check_choice, check_int, check_kind
 from gatematch.plan import fx_node
 
 from .functional import check_dropout, lstm_cell, run
@@ -44,9 +48,14 @@ class LSTM(nn.Module):
     Raises:
         TypeError, ValueError: as torch.nn.LSTM does, and for a `bidirectional` that is neither a bool nor a
             number, or an unknown impl.
+
+    Attributes named as arguments can be set later, with weights to match; the next call checks them.
     """
 
     mode = "LSTM"
+    __constants__ = nn.LSTM.__constants__  # the options, which decide what weights there are
+    # Made anew by the call after one of the options has been set.
+    _spec: Spec | None = None
 
     def __init__(
         self,
@@ -64,40 +73,31 @@ class LSTM(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_dropout(dropout)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = dropout
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self.impl = impl
+        for name in ("input_size", "hidden_size"):  # of these two torch takes no other integers
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} should be of type int, got: {type(getattr(self, name)).__name__}")
+        spec = _spec(self)
+        check_choice("impl", impl, IMPLS)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=2,
             )
-        _check_bool("bias", bias)
-        _check_bool("batch_first", batch_first)
-        # torch takes a number here, and for the cell's bias, and people use it.
-        bidirectional = bool(bidirectional) if isinstance(bidirectional, int) else bidirectional
-        _check_bool("bidirectional", bidirectional)
-        _check_size("input_size", input_size)
-        _check_size("hidden_size", hidden_size)
-        _check_size("num_layers", num_layers)
-        _check_int("proj_size", proj_size)
-        if proj_size < 0:
-            raise ValueError(
-                f"proj_size should be a positive integer or zero to disable projections, got {proj_size}"
-            )
-        if proj_size >= hidden_size:
-            raise ValueError(f"proj_size has to be smaller than hidden_size ({hidden_size}), got {proj_size}")
-        check_choice("impl", impl, IMPLS)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.bias = bias
-        self.batch_first = batch_first
         self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.proj_size = proj_size
-        self.impl = impl
-        self._spec = _spec(self)
-        for name, shape in zip(self._spec.names, self._spec.shapes, strict=True):
+        self.num_layers, self.bidirectional = spec.num_layers, spec.bidirectional
+        self.proj_size = spec.proj_size
+        self._spec = spec
+        for name, shape in zip(spec.names, spec.shapes, strict=True):
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
@@ -107,15 +107,48 @@ class LSTM(nn.Module):
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__constants__:
+            self.__dict__.pop("_spec", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_spec", None)  # it may be that of another version
+
+    def _current(self) -> Spec:
+        """The sizes as the attributes say now, which pruning and other surgery change."""
+        spec = self._spec or _spec(self)
+        if not torch.compiler.is_compiling():
+            self._spec = spec
+        return spec
+
+    # What libraries read and call on torch.nn.LSTM, where it belongs to the flat copy of the weights.
+
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat copy of the weights. Kept for code written for torch.nn.LSTM."""
+
+    _init_flat_weights = flatten_parameters
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The parameters of each layer and direction, as computed now."""
-        size = 2 + 2 * self.bias + (self.proj_size > 0)
-        weights = [getattr(self, name) for name in self._spec.names]
-        return [weights[start : start + size] for start in range(0, len(weights), size)]
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        spec = self._current()
+        size = len(spec.names) // (spec.num_layers * (1 + spec.bidirectional))
+        return [list(spec.names[start : start + size]) for start in range(0, len(spec.names), size)]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return list(self._current().names)
+
+    @property
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:
+        """A tuple: what a list were given in place of an element would be lost."""
+        return tuple([getattr(self, name, None) for name in self._current().names])
 
     def forward(
         self,
@@ -133,11 +166,11 @@ class LSTM(nn.Module):
         """
         if type(input) is not Tensor and isinstance(input, Proxy):
             return fx_node(self, input, hx, lengths, return_cells)
-        spec, parameters = self._spec, self._parameters
+        spec, parameters = self._spec or self._current(), self._parameters
         try:  # much quicker than attribute access, which reaches `_parameters` last
             weights: list[Any] = [parameters[name] for name in spec.names]
         except KeyError:
-            weights = [getattr(self, name) for name in spec.names]
+            weights = list(self._flat_weights)
         return run(
             input,
             weights,
@@ -181,6 +214,8 @@ class LSTMCell(nn.Module):
         impl: "auto", "torch", "triton" or "step", as in `gatematch.lstm.lstm_cell`.
     """
 
+    __constants__ = nn.LSTMCell.__constants__
+
     def __init__(
         self,
         input_size: int,
@@ -192,10 +227,10 @@ class LSTMCell(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        _check_size("input_size", input_size)
-        _check_size("hidden_size", hidden_size)
-        bias = bool(bias) if isinstance(bias, int) else bias
-        _check_bool("bias", bias)
+        input_size, hidden_size = _integer("input_size", input_size), _integer("hidden_size", hidden_size)
+        check_int("input_size", input_size, 0)
+        check_int("hidden_size", hidden_size, 0)
+        bias = _truth("bias", bias)
         check_choice("impl", impl, IMPLS)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -211,7 +246,7 @@ class LSTMCell(nn.Module):
 
     def reset_parameters(self) -> None:
         """Every weight and bias uniform in ±1/√H, drawn in the order of `parameters()`."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
+        bound = 1.0 / math.sqrt(self.hidden_size or 1)
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
 
@@ -223,7 +258,7 @@ class LSTMCell(nn.Module):
         try:
             weights: list[Any] = [parameters[name] for name in _CELL_NAMES]
         except KeyError:
-            weights = [getattr(self, name) for name in _CELL_NAMES]
+            weights = [getattr(self, name, None) for name in _CELL_NAMES]
         return lstm_cell(input, hx, *weights, impl=self.impl)
 
     def extra_repr(self) -> str:
@@ -240,7 +275,7 @@ def convert(module: nn.Module) -> nn.Module:
     several places stays one.
 
     Returns:
-        `module`, changed in place, or what replaces it.
+        `module`, changed in place, or what replaces it. A warning says if there was none to replace.
 
     Raises:
         TypeError: there is a subclass of torch.nn.LSTM or LSTMCell, or one with its own `forward`, whose
@@ -250,6 +285,11 @@ def convert(module: nn.Module) -> nn.Module:
     found = [
         (name, inner) for name, inner in module.named_modules() if isinstance(inner, (nn.LSTM, nn.LSTMCell))
     ]
+    if not found and not any(isinstance(inner, (LSTM, LSTMCell)) for inner in module.modules()):
+        warnings.warn(
+            f"module: expected a torch.nn.LSTM or LSTMCell in it, got none in a {type(module).__name__}",
+            stacklevel=2,
+        )
     replaced: dict[nn.Module, nn.Module] = {inner: _adopt(name or "module", inner) for name, inner in found}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
@@ -278,8 +318,6 @@ def _adopt(name: str, theirs: nn.Module) -> nn.Module:
     module: nn.Module = nn.Module.__new__(cls)
     state = {k: v for k, v in vars(theirs).items() if k not in _TORCH_ONLY}
     module.__dict__.update(state, impl="auto")
-    if isinstance(module, LSTM):
-        module.__dict__["_spec"] = _spec(module)
     return module
 
 
@@ -287,29 +325,47 @@ def _adopt(name: str, theirs: nn.Module) -> nn.Module:
 _TORCH_ONLY = ("mode", "_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights")
 
 
+# What is wrong with an option is said as torch's constructors say it.
+
+
 def _spec(module: LSTM) -> Spec:
-    return Spec.of_sizes(
-        module.input_size,
-        module.hidden_size,
-        module.num_layers,
-        module.bias,
-        bool(module.bidirectional),
-        module.proj_size,
+    """The sizes of a module, from its attributes."""
+    check_dropout(module.dropout)
+    for name in ("bias", "batch_first"):
+        if not isinstance(getattr(module, name), bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(getattr(module, name)).__name__}")
+    bidirectional = _truth("bidirectional", module.bidirectional)
+    input_size, hidden_size, num_layers = (
+        _size(name, getattr(module, name)) for name in ("input_size", "hidden_size", "num_layers")
     )
+    none = isinstance(module.proj_size, (bool, np.bool_)) and not module.proj_size  # torch takes no True here
+    proj_size = 0 if none else _integer("proj_size", module.proj_size, but=True)
+    if proj_size < 0:
+        raise ValueError(
+            f"proj_size should be a positive integer or zero to disable projections, got {proj_size}"
+        )
+    if proj_size >= hidden_size:
+        raise ValueError(f"proj_size has to be smaller than hidden_size ({hidden_size}), got {proj_size}")
+    return Spec.of_sizes(input_size, hidden_size, num_layers, module.bias, bidirectional, proj_size)
 
 
-# The constructors speak as torch's do.
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
+def _truth(name: str, value: Any) -> bool:
+    """torch takes numbers here, NumPy's too, and people use them."""
+    if not isinstance(value, (Integral, np.bool_)):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    return bool(value)
 
 
-def _check_int(name: str, value: Any) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+def _integer(name: str, value: Any, but: Any = None) -> int:
+    """NumPy's too, and tensors of one."""
+    with suppress(TypeError):
+        if value is not but:
+            return int(index(value))
+    raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
 
 
-def _check_size(name: str, value: Any) -> None:
-    _check_int(name, value)
-    if value <= 0:
-        raise ValueError(f"{name} must be greater than zero, got {value}")
+def _size(name: str, value: Any) -> int:
+    size = _integer(name, value)
+    if size <= 0:
+        raise ValueError(f"{name} must be greater than zero, got {size}")
+    return size

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatematch.checks import autocast_dtype
 from gatematch.kernels.launch import HIDDEN_MULTIPLE
 from gatematch.ops import Grads, Op, no_autocast
 from gatematch.torch_private import bypasses_dispatcher, tracing
@@ -208,8 +209,8 @@ def layers(
     autocast all that is returned is in its dtype, as what torch returns on CUDA.
     """
     h_0, c_0 = hx
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x, h_0, c_0, *weights = _cast(x, h_0, c_0, *weights)
+    if low := autocast_dtype(x):
+        x, h_0, c_0, *weights = (tensor.to(low) for tensor in (x, h_0, c_0, *weights))
     x = x.contiguous()
     if lengths is not None:
         # Two types suffice, so that kernels are compiled for no more.
@@ -284,12 +285,8 @@ def _single_step(x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]) -> 
 def one_step(x: Tensor, hx: State, weights: Sequence[Tensor]) -> State:
     """The next h and c; x (B, I)."""
     h, c = hx
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x, h, c, *weights = _cast(x, h, c, *weights)
+    if low := autocast_dtype(x):
+        x, h, c, *weights = (tensor.to(low) for tensor in (x, h, c, *weights))
     with no_autocast(x):
         h, c, _ = cell(x, h, c, weights)
     return h, c
-
-
-def _cast(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(torch.get_autocast_dtype(tensors[0].device.type)) for tensor in tensors]

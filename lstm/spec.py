@@ -114,7 +114,7 @@ def sizes(x: Any, weight_ih: Tensor, weight_hh: Tensor, projected: bool = False)
     return width if rows != 4 * H and width == rows else columns, H
 
 
-def check_matrix(name: str, value: Any) -> None:
+def check_matrix(name: str, value: Any, empty: bool = False) -> None:
     check_tensor(name, value)
-    if value.dim() != 2 or value.numel() == 0:
+    if value.dim() != 2 or (value.numel() == 0 and not empty):
         raise ValueError(f"{name}: expected a matrix, got shape {tuple(value.shape)}")

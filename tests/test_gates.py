@@ -4,6 +4,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -264,3 +265,43 @@ def test_preset_errors() -> None:
     with pytest.raises(ValueError, match=r"^module: expected biases for 'tf1', .*, got none$"):
         init_preset_(nn.LSTM(I, H, bias=False), "tf1")
     assert "b_if_l0" not in named_gates(init_preset_(nn.LSTM(I, H, bias=False), "keras"))
+
+
+def rule_by_data(view: torch.Tensor) -> torch.Tensor:
+    return view.data.fill_(3)
+
+
+def rule_with_another_result(view: torch.Tensor) -> torch.Tensor:
+    return nn.init.constant_(view, 3).mean()
+
+
+def rule_in_parts(view: torch.Tensor) -> None:
+    for row in view:
+        row.fill_(3)
+
+
+@LSTMS
+def test_a_function_that_returns_its_values_instead_of_writing_them(lstm_class: Any) -> None:
+    for rule, got in (
+        (torch.zeros_like, "Tensor"),
+        (lambda view: view * 0, "Tensor"),
+        (lambda view: view.to_sparse(), "Tensor"),
+        (lambda view: np.zeros(view.shape), "ndarray"),
+        (lambda view: 0.5, "float"),
+    ):
+        lstm = lstm_class(I, H)
+        before = {name: value.clone() for name, value in lstm.state_dict().items()}
+        with pytest.raises(TypeError) as info:
+            init_gates_(lstm, {"W_h*": rule})
+        assert str(info.value) == (
+            "rules['W_h*']: expected a function that writes to the view it is given, "
+            f"got one that returns a {got} and leaves W_hi_l0 as it was"
+        )
+        torch.testing.assert_close(dict(lstm.state_dict()), before)
+    written = (nn.init.ones_, torch.Tensor.zero_, rule_by_data, rule_with_another_result, rule_in_parts)
+    for rule in (*written, lambda view: None, lambda view: view[0].fill_(2)):
+        lstm = init_gates_(lstm_class(I, H), {"W_h*": rule})
+        if rule in written:
+            assert len(lstm.weight_hh_l0.unique()) == 1
+    with torch.inference_mode():  # where torch does not count writes
+        assert (init_gates_(lstm_class(I, H), {"*": rule_with_another_result}).weight_hh_l0 == 3).all()

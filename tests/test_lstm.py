@@ -3,8 +3,10 @@
 import copy
 import pickle
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gatematch.lstm import LSTM, LSTMCell, convert, lstm, lstm_cell
+from gatematch.lstm import LSTM, LSTMCell, convert, init_preset_, lstm, lstm_cell
+from gatematch.lstm.gates import PRESETS
 from gatematch.lstm.reference import lstm_reference
 
 torch.set_num_threads(1)
@@ -536,6 +539,20 @@ def test_convert_inside_a_model() -> None:
     same(convert(cell)(x[0]), want_cell)
 
 
+def test_convert_of_a_network_without_an_lstm_warns(recwarn: pytest.WarningsRecorder) -> None:
+    network = nn.Sequential(nn.Linear(5, 5), nn.GRU(5, 5))
+    assert convert(network) is network
+    (warning,) = recwarn
+    assert str(warning.message) == (
+        "module: expected a torch.nn.LSTM or LSTMCell in it, got none in a Sequential"
+    )
+    assert warning.filename == __file__
+    recwarn.clear()
+    for network in (nn.Sequential(nn.LSTM(5, 5)), nn.LSTMCell(5, 5)):
+        convert(convert(network))  # there is nothing to do for ours, and nothing wrong
+    assert not recwarn
+
+
 def test_convert_refuses_what_it_would_break() -> None:
     class Own(nn.LSTM):
         def forward(self, x: Tensor, hx: Any = None) -> Any:
@@ -595,9 +612,49 @@ def test_exports_with_dynamic_batch() -> None:
     torch.testing.assert_close(program.module()(wider), ours(wider))
 
 
-def test_numbers_where_torch_takes_them():
-    assert (
-        LSTM(2, 3, bidirectional=1).bidirectional is True
-        and LSTM(2, 3, bidirectional=0).bidirectional is False
-    )
-    assert LSTMCell(2, 3, bias=0).bias_ih is None
+NUMBERS = [1, 0, True, np.int64(1), np.int64(0), np.int32(1), np.uint8(1), np.True_, np.False_]
+NUMBERS += [torch.tensor(1), np.float64(1), "1", None]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(LSTM, nn.LSTM), (LSTMCell, nn.LSTMCell)])
+def test_the_constructors_take_the_numbers_that_torchs_take(ours: Any, theirs: Any) -> None:
+    """Of what torch looks at for its truth alone, ours take bools and integers."""
+    truths = ("bidirectional", "bias") if theirs is nn.LSTMCell else ("bidirectional",)
+    for option in (name for name in theirs.__constants__ if name not in ("mode", "dropout")):
+        for value in NUMBERS:
+            args = {"input_size": 3, "hidden_size": 4} | {option: value}
+            taken = option not in truths or isinstance(value, (Integral, np.bool_))
+            if taken:
+                torch.manual_seed(0)
+                try:
+                    peer = theirs(**args)
+                except (TypeError, ValueError):
+                    taken = False
+            if not taken:
+                with pytest.raises((TypeError, ValueError), match=f"^{option} (should|must) "):
+                    ours(**args)
+                continue
+            torch.manual_seed(0)
+            module = ours(**args)
+            assert getattr(module, option) == (bool(value) if option in truths else value)
+            same(dict(module.state_dict()), dict(peer.state_dict()))
+            if option in ("num_layers", "bidirectional"):  # torch constructs with some that it cannot call
+                setattr(peer, option, (int if option == "num_layers" else bool)(value))
+            x = torch.randn(2, module.input_size)
+            same(module(x), peer(x))
+
+
+@pytest.mark.parametrize(("I", "H"), [(0, 2), (5, 0), (0, 0)])
+def test_a_cell_without_inputs_or_hidden_units(I: int, H: int) -> None:
+    theirs, ours = nn.LSTMCell(I, H), LSTMCell(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    x, hx = torch.randn(3, I), (torch.randn(3, H), torch.randn(3, H))
+    for state in (None, hx):
+        want = theirs(x, state)
+        same(ours(x, state), want)
+        h, c = torch.func.vmap(lambda x: ours(x, state))(x[None])  # noqa: B023
+        torch.testing.assert_close((h[0], c[0]), want)
+    ours.reset_parameters()
+    for preset in PRESETS:
+        init_preset_(ours, preset)
+    sum(out.sum() for out in ours(x, hx)).backward()

@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from gatematch.lstm import LSTM, LSTMCell, convert, lstm, lstm_cell
 
@@ -19,9 +20,20 @@ h = torch.zeros(1, B, H)
 module, cell = LSTM(I, H), LSTMCell(I, H)
 params = dict(module.state_dict())
 weights = list(params.values())
-packed = pack_padded_sequence(x, torch.tensor([4, 2, 1]))
+packed = pack_padded_sequence(x, torch.tensor([4, 2, 1]))  # batch sizes 3, 2, 1, 1
+data, indices = packed.data, torch.tensor([1, 2, 0])
 rows = torch.tensor([1, 2, 3])
 FLOATING = "x: expected dtype torch.float64, torch.float32, torch.float16 or torch.bfloat16, got"
+
+
+def call_packed(rows: Any, sizes: Any, *indices: Any) -> Any:
+    """The module of a packed sequence put together by hand, with its state: both read indices."""
+    return module(PackedSequence(rows, torch.tensor(sizes), *indices), (h, h))
+
+
+def in_forward_mode(function: Callable[..., Any], *args: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return function(*args)
 
 
 def without(*names: str) -> dict[str, Any]:
@@ -57,6 +69,58 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
     "h-packed": (
         lambda: module(packed, (h[:, :2], h[:, :2])),
         "hx[0]: expected shape (1, 3, 7), got (1, 2, 7)",
+    ),
+    "packed-no-steps": (
+        lambda: call_packed(data, np.zeros(0, np.int64)),
+        "x.batch_sizes: expected at least one step on the CPU, got shape (0,) on cpu",
+    ),
+    "packed-sizes-2d": (
+        lambda: call_packed(data, [[3, 2, 1, 1]]),
+        "x.batch_sizes: expected shape (any,), got (1, 4)",
+    ),
+    "packed-little-data": (
+        lambda: call_packed(data[:6], [3, 2, 1, 1]),
+        "x.data: expected sum of batch_sizes = 7 rows, got 6",
+    ),
+    "packed-much-data": (
+        lambda: call_packed(data, [3, 2, 1]),
+        "x.data: expected sum of batch_sizes = 6 rows, got 7",
+    ),
+    "packed-sizes-grow": (
+        lambda: call_packed(data, [3, 1, 2, 1]),
+        "x.batch_sizes: expected at least 1 row, and in no step more than before, got [3, 1, 2, 1]",
+    ),
+    "packed-sizes-negative": (
+        lambda: call_packed(data, [3, 3, 2, -1]),
+        "x.batch_sizes: expected at least 1 row, and in no step more than before, got [3, 3, 2, -1]",
+    ),
+    "packed-no-rows": (
+        lambda: call_packed(data[:0], [0]),
+        "x.batch_sizes: expected at least 1 row, and in no step more than before, got [0]",
+    ),
+    "packed-indices-shape": (
+        lambda: call_packed(data, [3, 2, 1, 1], indices[:2], indices),
+        "x.sorted_indices: expected shape (3,), got (2,)",
+    ),
+    "packed-indices-range": (
+        lambda: call_packed(data, [3, 2, 1, 1], indices + 1, indices),
+        "x.sorted_indices: expected each of 0 to 2 once, got [2, 3, 1]",
+    ),
+    "packed-indices-twice": (
+        lambda: call_packed(data, [3, 2, 1, 1], indices // 2, indices),
+        "x.sorted_indices: expected each of 0 to 2 once, got [0, 1, 0]",
+    ),
+    "packed-indices-no-inverse": (
+        lambda: call_packed(data, [3, 2, 1, 1], indices, indices),
+        "x.unsorted_indices: expected the inverse of x.sorted_indices, got [1, 2, 0]",
+    ),
+    "packed-indices-of-one-kind": (
+        lambda: call_packed(data, [3, 2, 1, 1], None, indices),
+        "x.unsorted_indices: expected the inverse of x.sorted_indices, got [1, 2, 0]",
+    ),
+    "packed-indices-device": (
+        lambda: call_packed(data, [3, 2, 1, 1], indices, indices.to("meta")),
+        "x.unsorted_indices: expected device cpu as x.data, got meta",
     ),
     "h-projected": (
         lambda: LSTM(I, H, proj_size=2)(x, (h, h)),
@@ -176,6 +240,7 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: cell(x[0, 0], (h[0, 0], h[0])),
         "hx[1]: expected shape (7,), got (3, 7)",
     ),
+    "cell-sizes": (lambda: LSTMCell(-1, 2), "input_size: expected at least 0, got -1"),
     "cell-weight-transposed": (
         lambda: lstm_cell(x[0], None, weights[0].T, *weights[1:]),
         "weight_ih: expected shape (28, 5), got (5, 28); it looks transposed",
@@ -219,6 +284,23 @@ TYPE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "hx-three": (lambda: module(x, (h, h, h)), "hx: expected a pair of tensors (h_0, c_0), got 3 of them"),
     "hx-none": (lambda: module(x, (h, None)), "hx[1]: expected a Tensor, got NoneType"),
+    "packed-data": (lambda: call_packed([1.0, 2.0], [1, 1]), "x.data: expected a Tensor, got list"),
+    "packed-sizes": (
+        lambda: module(packed._replace(batch_sizes=[3, 2, 1, 1])),
+        "x.batch_sizes: expected a Tensor, got list",
+    ),
+    "packed-sizes-dtype": (
+        lambda: call_packed(data, [3.0, 2.0, 1.0, 1.0]),
+        "x.batch_sizes: expected dtype torch.int64, got torch.float32",
+    ),
+    "packed-indices": (
+        lambda: call_packed(data, [3, 2, 1, 1], [1, 2, 0], indices),
+        "x.sorted_indices: expected a Tensor, got list",
+    ),
+    "packed-indices-dtype": (
+        lambda: call_packed(data, [3, 2, 1, 1], indices, indices.float()),
+        "x.unsorted_indices: expected dtype torch.int32 or torch.int64, got torch.float32",
+    ),
     "lengths": (
         lambda: module(x, None, [1, 2.5, 3]),
         "lengths: expected integers, got a list that holds others",
@@ -250,6 +332,19 @@ TYPE: dict[str, tuple[Callable[[], Any], str]] = {
     "cell-bias": (lambda: LSTMCell(I, H, bias="x"), "bias should be of type bool, got: str"),
     "cell-x": (lambda: cell(None), "x: expected a Tensor, got NoneType"),
     "cell-hx": (lambda: cell(x[0], h[0]), "hx: expected a pair of tensors (h_0, c_0), got Tensor"),
+    "cell-h-array": (
+        lambda: LSTMCell(5, 2)(x[0, 0], (np.zeros(2, np.float32), torch.zeros(2))),
+        "hx[0]: expected a Tensor, got ndarray",
+    ),
+    "cell-c-array": (
+        lambda: cell(x[0], (h[0], np.zeros((3, 7), np.float32))),
+        "hx[1]: expected a Tensor, got ndarray",
+    ),
+    "cell-hx-forward-mode": (
+        lambda: in_forward_mode(cell, x[0], 3),
+        "hx: expected a pair of tensors (h_0, c_0), got int",
+    ),
+    "proj-size-bool": (lambda: LSTM(I, H, proj_size=True), "proj_size should be of type int, got: bool"),
     "cell-one-bias": (
         lambda: lstm_cell(x[0], None, *weights[:3]),
         "bias_hh: expected a Tensor, got NoneType",

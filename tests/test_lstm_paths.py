@@ -1,5 +1,6 @@
 """The fused and the written-out path answer one call alike: dtypes, dropout, lengths, meta tensors."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from gatematch.lstm import LSTM, LSTMCell
+from gatematch.lstm import LSTM, LSTMCell, lstm
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -141,3 +142,73 @@ def test_cell_under_vmap_equals_the_plain_call() -> None:
     cell, x = LSTMCell(I, H), torch.randn(T, B, I)
     got = torch.func.vmap(lambda x: cell(x)[0])(x)
     torch.testing.assert_close(got, torch.stack([cell(step)[0] for step in x]))
+
+
+def pairs_of_dtypes() -> list[tuple[str, Any]]:
+    """What autocast on the CPU would not unite: the name that is blamed, and a call."""
+    f64, f32, f16 = torch.float64, torch.float32, torch.bfloat16
+    x, h = torch.randn(T, B, I), torch.randn(1, B, H)
+    wide, narrow = LSTM(I, H, dtype=f64), LSTM(I, H)
+    cells = LSTMCell(I, H, dtype=f64), LSTMCell(I, H)
+    mixed = dict(narrow.state_dict())
+    mixed["bias_hh_l0"] = mixed["bias_hh_l0"].double()
+    return [
+        ("x", lambda: wide(x)),
+        ("x", lambda: wide(x.to(f16))),
+        ("x", lambda: wide(pack(x))),
+        ("x", lambda: wide(x, None, LENGTHS, True)),
+        ("x", lambda: narrow(x.to(f64))),
+        ("bias_hh_l0", lambda: lstm(x, mixed)),
+        ("hx[0]", lambda: narrow(x, (h.to(f64), h))),
+        ("hx[1]", lambda: narrow(x.to(f16), (h.to(f32), h.to(f64)))),
+        ("x", lambda: cells[0](x[0])),
+        ("x", lambda: cells[1](x[0].to(f64))),
+        ("hx[0]", lambda: cells[1](x[0], (h[0].to(f64), h[0]))),
+        ("hx[1]", lambda: cells[0](x[0].to(f64), (h[0].to(f64), h[0]))),
+        ("x", lambda: torch.func.vmap(lambda x: cells[0](x)[0])(x)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(pairs_of_dtypes())))
+def test_autocast_unites_float64_with_nothing(number: int) -> None:
+    name, call = pairs_of_dtypes()[number]
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=rf"^{re.escape(name)}: expected dtype torch\.\w+ as \w+, got torch\."),
+    ):
+        call()
+
+
+@pytest.mark.parametrize("proj_size", [0, 3])
+def test_autocast_leaves_float64_alone(proj_size: int) -> None:
+    module = LSTM(I, H, 2, proj_size=proj_size, dtype=torch.float64)
+    cell = LSTMCell(I, H, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    calls: list[Any] = [
+        lambda: flat(module(x)),
+        lambda: flat(module(pack(x))),
+        lambda: flat(module(x, None, LENGTHS, True)),
+        lambda: torch.func.vmap(lambda x: flat(module(x)))(x[None]),
+        lambda: cell(x[0]),
+    ]
+    for call in calls:
+        want = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(call(), want, rtol=0, atol=0)
+
+
+def test_autocast_of_another_device_unites_nothing() -> None:
+    """torch.nn.LSTM asks for that of any device, and fails later on."""
+    module, cell, x = LSTM(I, H), LSTMCell(I, H), torch.randn(T, B, I)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        want = "x: expected dtype torch.float32 as weight_ih{}, got torch.bfloat16"
+        for call, suffix in ((module, "_l0"), (cell, "")):
+            with pytest.raises(TypeError) as info:
+                call((x if suffix else x[0]).bfloat16())
+            assert str(info.value) == want.format(suffix)
+        with pytest.raises(TypeError, match=r"^x: expected dtype torch.float32 as weight_ih_l0, got"):
+            LSTM(I, H, device="meta")(x.to("meta", torch.bfloat16))
+        assert module(x)[0].dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)

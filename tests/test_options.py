@@ -22,7 +22,7 @@ WRONG: dict[type, list[Any]] = {
     bool: ["no", "", 2, 0.5, None, [], np.zeros(2)],
     int: ["3", 2.5, -1, None, True, [], math.nan],
     float: ["x", -math.inf, math.inf, math.nan, None, True, []],
-    str: ["another", "", 3, None, []],
+    str: ["another", "", 3, None, [], np.zeros(2), np.array(["auto", "auto"])],
 }
 # torch.nn's constructors take these as a bool or an int, and so do ours.
 TAKEN = {"LSTM": (True, 2), "LSTMCell": (True, 2)}

@@ -99,10 +99,15 @@ def test_legacy_batches():
     assert torch.equal(found, 2 * torch.eye(3)) and seen == [(3, 3)]
 
 
-def test_is_any_autocast_enabled():
-    assert not torch_private.is_any_autocast_enabled()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch_private.is_any_autocast_enabled()
+def test_writes():
+    x = torch.zeros(4, 3)
+    before = torch_private.writes(x)
+    _ = x[1:] + 1, x.mT
+    assert torch_private.writes(x[:2]) == before
+    x[1:, 0].fill_(1)
+    assert torch_private.writes(x) == torch_private.writes(x[:2]) > before
+    with torch.inference_mode():
+        assert torch_private.writes(torch.zeros(3)) is None
 
 
 def test_assert_async():

@@ -405,10 +405,35 @@ def test_autocast(given):
     assert torch.equal(y, want)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_dtypes_that_autocast_does_not_unite_never_reach_a_kernel(autocast):
+    x, h = torch.randn(2, 3, 3), torch.randn(1, 3, 16)
+    made = {"impl": "step"}, {"impl": "triton"}
+    wide = LSTM(3, 16, dtype=torch.float64, **made[0]), LSTMCell(3, 16, dtype=torch.float64, **made[1])
+    narrow = LSTM(3, 16, **made[0]), LSTMCell(3, 16, **made[1])
+    calls = [
+        lambda: wide[0](x),
+        lambda: wide[1](x[0]),
+        lambda: narrow[0](x[:1], (h.double(), h)),
+        lambda: narrow[1](x[0], (h[0].double(), h[0])),
+    ]
+    if not autocast:
+        calls.append(lambda: narrow[1].half()(x[0]))
+    for call in calls:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(TypeError, match=r"^(x|hx\[0\]): expected dtype torch\.\w+ as \w+, got torch"),
+        ):
+            call()
+
+
 def test_no_rows_are_left_to_torch():
     model = LSTM(3, 16, impl="step")
     y, (h_n, c_n) = model(torch.randn(2, 0, 3))
     assert y.shape == (2, 0, 16) and h_n.shape == c_n.shape == (1, 0, 16)
+    for inputs, hidden in ((0, 2), (3, 0)):
+        h, c = LSTMCell(inputs, hidden, impl="step")(torch.randn(4, inputs))
+        assert h.shape == c.shape == (4, hidden)
 
 
 def test_strided_inputs():
