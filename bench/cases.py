@@ -39,6 +39,7 @@ CASES = [
     _pairwise("sentences-50", 256, 40, 40, 50, "text"),
     _pairwise("sentences-300", 64, 40, 40, 300),
     _pairwise("sentences-300", 64, 40, 40, 300, "text"),
+    _pairwise("sentences-300", 64, 40, 40, 300, "offset"),
     _pairwise("odd", 4, 65, 63, 300),
     _pairwise("paragraphs", 32, 128, 128, 64),
     _pairwise("documents", 8, 512, 512, 128),

@@ -24,6 +24,8 @@ add_legacy_batch_dim = torch._add_batch_dim
 remove_legacy_batch_dim = torch._remove_batch_dim
 # A tensor of a level of torch.func that is closed, as it is outside; of an open one it is x itself.
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 # An assertion on the device, for which the host does not wait.
 assert_async = torch._assert_async
 # Decorates a function that Dynamo must not trace, nor enter after a graph break.
@@ -46,9 +48,9 @@ def surroundings(read: Iterable[Any], *inputs: Iterable[Any] | None) -> str:
         return "forward mode" if carried else "forward mode of other tensors"
     if transformed:
         return "torch.func"
-    if torch._C._is_tracing():
+    if _is_tracing():
         return "torch.jit.trace"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _dispatch_modes() > 0:
         return "a dispatch mode or subclass"
     for x in read:  # quicker than all(): every call comes this way
         if type(x) not in _PLAIN:
@@ -73,7 +75,7 @@ def writes(x: Tensor) -> int | None:
 
 def tracing() -> bool:
     """Whether ``torch.jit.trace`` writes the call down."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return not torch.compiler.is_compiling() and _is_tracing()
 
 
 def transformed() -> bool:
@@ -87,8 +89,8 @@ def bypasses_dispatcher(args: Iterable[Any]) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_tracing()
+        and _dispatch_modes() == 0
+        and not _is_tracing()
         and innermost_transform() is None
         and all([type(x) in _PLAIN or not isinstance(x, Tensor) for x in args])
     )

@@ -355,9 +355,10 @@ def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
     """
     try:
         shape, dtype, cpu = x.shape, x.dtype, x.is_cpu
-        H = weights[1].shape[1]
+        recurrent = weights[1].shape
+        H = recurrent[1]
         gates = 4 * H
-        if weights[0].shape != (gates, shape[-1]) or weights[1].shape != (gates, H):
+        if weights[0].shape != (gates, shape[-1]) or recurrent != (gates, H):
             return False
         if len(weights) == 4 and not weights[2].shape == weights[3].shape == (gates,):
             return False

@@ -103,8 +103,8 @@ def init_gates_(module: Module, rules: Mapping[str, float | Callable[[Tensor], o
 
     Returns the module. Raises, before anything is written, TypeError for a rule that is neither, and
     ValueError for a constant that is not finite and for a pattern that matches no name or that matches a
-    gate of a parametrised weight, which has no memory of its own to write to. TypeError for a function that
-    returns another tensor and does not write, which nobody would miss.
+    gate of a parametrised weight, which has no memory of its own to write to. Raises TypeError for a function
+    that returns another tensor instead of writing to its view; rules before it have been applied then.
     """
     check_kind("rules", rules, Mapping, "a mapping from patterns")
     for pattern, rule in rules.items():
