@@ -24,9 +24,8 @@ BY = {"impl": "torch", "precision": "float32"}
 def _operands(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Operands:
     """Those of the forward pass, made again: they cost little beside the tiles, and need not be kept."""
     x = Operands(q, a, q_lengths, a_lengths)
-    offset, x.far = ctx.found
-    if offset is not None:
-        x.take_out(offset)
+    if ctx.centred:
+        x.centre()
     return x
 
 
@@ -46,7 +45,7 @@ class PairwiseAttention(torch.autograd.Function):
         with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             S, kept, found = tiled.attention(x)
-        ctx.found = x.offset, x.far
+        ctx.centred = x.centred
         # A low-precision S is rounded too far, and many near pairs would take more room than S itself.
         near_pairs = sum([near.place.shape[0] for near in found])
         if S.dtype != q.dtype or near_pairs > tiled.KEPT * S.numel():
@@ -91,7 +90,7 @@ class PairwiseAttend(torch.autograd.Function):
         with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             O, r = tiled.attend(x, by_torch.values(x, v), normalize)
-        ctx.found = x.offset, x.far
+        ctx.centred = x.centred
         ctx.save_for_backward(q, a, v, q_lengths, a_lengths, *(() if r is None else (O, r)))
         return O.to(q.dtype)
 
@@ -117,7 +116,7 @@ class PairwiseSums(torch.autograd.Function):
         with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             r, c = tiled.sums(x)
-        ctx.found = x.offset, x.far
+        ctx.centred = x.centred
         ctx.save_for_backward(q, a, q_lengths, a_lengths)
         return r.to(q.dtype), c.to(q.dtype)
 

@@ -43,8 +43,7 @@ def pairwise_attention(
     """Pairwise attention ``S[b, i, j] = 1 / (1 + ||q[b, i] - a[b, j]||)``, in the graph and batched.
 
     Exact at every distance: float32 within 1e-6 of the true value, float16 and bfloat16 within one
-    rounding. Equal rows score exactly 1 and pass no gradient to each other. The kernels score 0 beyond a
-    distance of 1.8e19, whose square overflows, and have no gradient beyond about 1e12.
+    rounding. Equal rows score exactly 1 and pass no gradient to each other.
 
     Args:
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16.

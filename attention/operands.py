@@ -5,47 +5,13 @@ Shapes: q (B, Q, D), a (B, A, D). float64 is computed in float64, everything els
 
 from __future__ import annotations
 
-import math
-import threading
-
 import torch
 from torch import Tensor
 
 # A common offset is taken out when its square exceeds this share of the mean ||a||².
 OFFSET = 1 / 4
-# Sentences, and rows of each, in which an offset is looked for before the first product.
-SAMPLE = 8
-# Elements of the room for centred rows.
-CENTRED = 1 << 21
 # Up to so many features, every pair's difference costs less than a product and its many near pairs.
 DIRECT = 4
-
-
-class Scratch(threading.local):
-    """Room for two tensors, kept by each thread between calls.
-
-    Fresh memory of some megabytes comes from the system page by page, cleared, which takes several times
-    longer than to compute what is put there.
-    """
-
-    def __init__(self, elements: int) -> None:
-        self.elements = elements
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def two(self, first: tuple[int, ...], second: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of these shapes, like `like`, whose memory the next call hands out again."""
-        size, end = math.prod(first), math.prod(first) + math.prod(second)
-        # Another device's memory may still be read by work that is queued there.
-        if not like.is_cpu or end > self.elements:
-            return like.new_empty(first), like.new_empty(second)
-        buffer = self.buffers.get(like.dtype)
-        if buffer is None:
-            with torch.inference_mode(False):
-                buffer = self.buffers[like.dtype] = torch.empty(self.elements, dtype=like.dtype, device="cpu")
-        return buffer[:size].view(first), buffer[size:end].view(second)
-
-
-_centred = Scratch(CENTRED)
 
 
 def padding(rows: Tensor, lengths: Tensor) -> Tensor:
@@ -63,9 +29,8 @@ class Operands:
         q_norms, a_norms: the same, infinite in the padding.
         sizes: (B, Q, A).
         padded: whether lengths were given.
-        offset: (B, 1, D), the one that `centre` has found, or None.
+        centred: whether `centre` has found an offset.
         direct: whether every distance is taken from the difference.
-        far: whether a distance was found whose cube would overflow.
     """
 
     q_squares: Tensor
@@ -89,8 +54,7 @@ class Operands:
         B, Q, _ = q.shape
         self.sizes = B, Q, a.shape[1]
         self.padded = q_lengths is not None or a_lengths is not None
-        self.measured = self.far = False
-        self.offset: Tensor | None = None
+        self.measured = self.centred = False
         # Differences have no use for another centre.
         self.searched = self.direct = q.shape[2] <= DIRECT
 
@@ -104,37 +68,18 @@ class Operands:
         if self.a_padding is not None:
             self.a_norms = self.a_squares.masked_fill(self.a_padding, torch.inf)
 
-    def offset_in_sample(self) -> bool:
-        """Whether some rows of a look as if all had a common offset, for a hundredth of a call's time."""
-        rows = self.a[:: max(1, self.a.shape[0] // SAMPLE), :SAMPLE]
-        mean = torch.linalg.vector_norm(rows.mean(1)).item()
-        return mean**2 * rows.shape[1] > OFFSET * torch.linalg.vector_norm(rows).item() ** 2
-
-    def centre(self, sampled: bool = False) -> bool:
-        """Take a large common offset out of the products; the first call that finds one returns True.
-
-        Args:
-            sampled: `offset_in_sample` has found one already; that of a few rows will do.
-        """
+    def centre(self) -> bool:
+        """Take a large common offset out of the products; the first call that finds one returns True."""
         if self.searched:
             return False
+        self.searched = True
         # The mean of a alone: where q has another offset its distances are large and nothing cancels.
-        if sampled and self.a_padding is None:
-            self.take_out(self.a[:, :SAMPLE].mean(1, keepdim=True))
-            return True
         count: Tensor | int = self.a.shape[1]
         if self.a_padding is not None:
-            count = (~self.a_padding).sum(1, keepdim=True).clamp_(min=1).to(self.a.dtype)
-        mean = self.a.sum(1, keepdim=True) / count
-        self.searched = True
+            count = (~self.a_padding).sum(1).clamp_(min=1).to(self.a.dtype)
+        mean = self.a.sum(1) / count  # (B, D)
         if not (mean.square() * count).sum() > OFFSET * torch.linalg.vector_norm(self.a).square():
             return False
-        self.take_out(mean)
+        self.q_centred, self.a_centred = self.q - mean[:, None], self.a - mean[:, None]
+        self.centred, self.measured = True, False
         return True
-
-    def take_out(self, offset: Tensor) -> None:
-        """Centre the rows; offset (B, 1, D)."""
-        self.searched, self.offset, self.measured = True, offset, False
-        q, a = _centred.two(self.q.shape, self.a.shape, self.q)
-        self.q_centred = torch.sub(self.q, offset, out=q)
-        self.a_centred = torch.sub(self.a, offset, out=a)

@@ -19,14 +19,11 @@ from torch import Tensor
 def distance(q: Tensor, a: Tensor) -> Tensor:
     """``||q[b, i] - a[b, j]||`` of shape (B, Q, A), from the differences themselves."""
     difference = q[:, :, None, :] - a[:, None, :, :]  # (B, Q, A, D)
-    # Squares under- and overflow. No derivative depends on the scale.
-    largest = difference.detach().abs().amax(-1)
-    scale = torch.where((largest == 0) | largest.isinf(), 1.0, largest)
-    squared = (difference / scale[..., None]).square().sum(-1)
+    squared = difference.square().sum(-1)
     # The square root has no derivative at 0. Taking it of 1 there, and returning the constant 0, makes
     # every derivative 0 instead of NaN.
     same = squared == 0
-    return torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt() * scale)
+    return torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
 
 
 def valid_pairs(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:

@@ -20,9 +20,6 @@ and cancel for near pairs in the same way; those add k (a_j - q_i) from the diff
 Where S is the output, k = g S³ / (1 - S) is read from it and only the near pairs are kept beside it. The
 streaming ops keep nothing and compute their tiles of d again: their memory is O(Q + A).
 
-Where the cube of a distance may overflow, every pair is computed from its difference, divided by the
-largest of its features first, and contributes to a gradient as a direction (a - q) / d times g / (1 + d)².
-
 Shapes: q (B, Q, D), a (B, A, D), v (B, A, V), S (B, Q, A). float64 is computed in float64, everything
 else in float32. Rows past their lengths get an infinite norm: their d is infinite and their S is 0.
 """
@@ -46,20 +43,14 @@ TAU = 1 / 8
 CROWD = 1 / 4
 # Below this d, 1 - S has lost too many digits for a gradient: such tiles compute d again.
 CLOSE = 1 / 16
-# From this d² on, the cube of d, which gradients are divided by, may overflow.
-FAR = {dtype: torch.finfo(dtype).max ** (2 / 3) for dtype in (torch.float32, torch.float64)}
-# A call with so many elements of differences looks at a sample for an offset, before the product of its tile.
-SAMPLED = 1 << 22
 # Near pairs are kept for the backward pass up to this share of all pairs, and searched again beyond it.
 KEPT = 1 / 8
 
 
 def centred(x: Operands, blocks: list[Block]) -> list[Block]:
-    """These blocks, a common offset taken out before the first; a single small one sees for itself."""
+    """These blocks, a common offset taken out before the first of several; a single one sees for itself."""
     if len(blocks) > 1:
         x.centre()
-    elif math.prod(x.sizes) * x.q.shape[2] > SAMPLED and not x.searched and x.offset_in_sample():
-        x.centre(sampled=True)
     return blocks
 
 
@@ -80,30 +71,20 @@ class Workspace:
 
 def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[float, Near | None]:
     """Fill `out` with the distances of one tile; returns what all but the near pairs exceed, and those."""
-    if x.far:
-        return far_distances(x, block, work, out), None
     if x.direct:
-        floor, far = direct_distances(x, block, work, out)
-        if far:
-            x.far = True
-            return distances(x, block, work, out)
-        return floor, None
+        return direct_distances(x, block, work, out), None
     if not x.measured:
         x.measure()
     torch.add(block.of_q(x.q_norms), block.of_a(x.a_norms).mT, out=out)
     out.baddbmm_(block.of_q(x.q_centred), block.of_a(x.a_centred).mT, alpha=-2)
     q_squares, a_squares = block.of_q(x.q_squares), block.of_a(x.a_squares)
-    largest = q_squares.max().item() + a_squares.max().item()  # no d² exceeds twice that
-    if 2 * largest > FAR[x.q.dtype]:
-        x.far = not x.centre()
-        return distances(x, block, work, out)
-    bound = TAU * largest
+    bound = TAU * (q_squares.max().item() + a_squares.max().item())
     floor = out.amin().item()
     near = None
     # One look at the smallest d² spares most tiles of unrelated rows the search.
     if not floor > bound:
         # A few pairs that are not near do no harm: the tile's largest threshold serves for all of them,
-        # unless it lets many through. A NaN, from a row that holds one, asks for the difference too.
+        # unless it lets many through. A NaN, from norms that overflow, asks for the difference too.
         groups = groups_within(out, bound) if math.isfinite(bound) else None
         if groups is not None and groups.shape[0] * GROUP <= CROWD * out.numel():
             floor, near = bound, near_pairs(x, block, places_within(out, groups, bound))
@@ -120,39 +101,20 @@ def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[
     return max(floor, 0) ** 0.5, near
 
 
-def direct_distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[float, bool]:
-    """Fill `out` with the distances of one tile, feature by feature; the smallest, and whether one is far."""
+def direct_distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> float:
+    """Fill `out` with the distances of one tile, feature by feature; returns the smallest."""
     step = work.take("step", out.shape)
     out.zero_()
     for q, a in features(block, x.q, x.a):
         torch.sub(q, a, out=step)
         out.addcmul_(step, step)
-    smallest, largest = out.amin().item(), out.amax().item()
-    leave_out_padding(x, block, out.sqrt_())
-    return smallest**0.5, largest > FAR[x.q.dtype]
-
-
-def far_distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> float:
-    """`direct_distances` of rows whose squares overflow: d = m ||(q - a) / m||, m the largest difference."""
-    step, m = work.take("step", out.shape), work.take("largest", out.shape).zero_()
-    for q, a in features(block, x.q, x.a):
-        torch.maximum(m, torch.sub(q, a, out=step).abs_(), out=m)
-    m.masked_fill_(m == 0, 1)
-    out.zero_()
-    for q, a in features(block, x.q, x.a):
-        torch.sub(q, a, out=step).div_(m)
-        out.addcmul_(step, step)
-    out.sqrt_().mul_(m).masked_fill_(m.isinf(), torch.inf)
-    smallest: float = out.amin().item()
-    leave_out_padding(x, block, out)
-    return smallest
-
-
-def leave_out_padding(x: Operands, block: Block, out: Tensor) -> None:
+    smallest = out.amin().item()
     if x.q_padding is not None:
         out.masked_fill_(block.of_q(x.q_padding), torch.inf)
     if x.a_padding is not None:
         out.masked_fill_(block.of_a(x.a_padding).mT, torch.inf)
+    out.sqrt_()
+    return smallest**0.5
 
 
 def features(block: Block, q: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -235,19 +197,10 @@ class Gradients:
         self._add(block.of_q(self.q), q, k, a, block.j.start == 0)
         self._add(block.of_a(self.a), a, k.mT, q, block.i.start == 0)
 
-    def add_directions(self, block: Block, d: Tensor, k: Tensor) -> None:
-        """Add k (a - q) / d, each direction by itself, since k / d would underflow."""
-        none = (d == 0).logical_or_(d.isinf())
-        d = d.masked_fill(none, 1)
-        self._add_steps(block, lambda step: step.div_(d).mul_(k).masked_fill_(none, 0))
-
     def _add_direct(self, block: Block, k: Tensor) -> None:
-        self._add_steps(block, lambda step: step.mul_(k))
-
-    def _add_steps(self, block: Block, weigh: Callable[[Tensor], Tensor]) -> None:
         grads = features(block, self.q, self.a)
         for (q, a), (grad_q, grad_a) in zip(features(block, self.x.q, self.x.a), grads, strict=True):
-            step = weigh(a - q)
+            step = (a - q).mul_(k)
             for grad, total, first in (
                 (grad_q, step.sum(2, keepdim=True), block.j.start == 0),
                 (grad_a, step.sum(1, keepdim=True).neg_(), block.i.start == 0),
@@ -288,9 +241,6 @@ def backward(
         _, near = distances(x, block, work, d)
         t = torch.add(d, 1, out=work.take("t", d.shape))
         g = upstream(block, torch.reciprocal(t, out=work.take("scores", d.shape))).expand(d.shape)
-        if x.far:
-            gradients.add_directions(block, d, torch.div(g, t).div_(t))
-            continue
         k = torch.div(g, t.square_().mul_(d), out=t)
         # Padding has S = 0, where the upstream gradient may be infinite, as that of log S is.
         k.masked_fill_(d.isinf(), 0)
@@ -320,11 +270,6 @@ def backward_from_scores(
         # All tiles but the last have one shape, and share two buffers.
         if t.shape != tile.shape:
             t, k = torch.empty_like(tile), torch.empty_like(tile)
-        if x.far:
-            distances(x, block, Workspace(x.q), t)
-            gradients.add_directions(block, t, torch.mul(block.of_pairs(g), tile, out=k).mul_(tile))
-            start += count
-            continue
         if close:
             distances(x, block, Workspace(x.q), t)
             torch.add(t, 1, out=k).square_().mul_(t).reciprocal_()

@@ -18,14 +18,12 @@ from torch.utils._pytree import tree_leaves
 from gatematch.attention import (
     AttentionFeatures,
     PairwiseAttention,
-    attention_pool,
     ops,
     pairwise_attend,
     pairwise_attention,
     pairwise_sums,
 )
 from gatematch.attention import blocks as blocks_module
-from gatematch.attention import operands as operands_module
 from gatematch.attention import tiled as tiled_module
 from gatematch.attention.reference import (
     pairwise_attend_reference,
@@ -369,6 +367,8 @@ def test_second_derivative_at_zero_distance_is_finite():
 
 
 def test_first_derivative_never_pays_for_the_second(monkeypatch):
+    from gatematch.attention import ops
+
     monkeypatch.setattr(ops.attention, "reference", lambda **named: pytest.fail("the reference was called"))
     q = torch.randn(1, 3, 4, requires_grad=True)
     pairwise_attention(q, q).sum().backward()
@@ -656,93 +656,3 @@ def test_dual_numbers_elsewhere_cost_a_call_nothing(monkeypatch):
         (slope,) = torch.autograd.grad(found[0].sum(), a)
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
     torch.testing.assert_close(slope, torch.autograd.grad(want[0].sum(), a)[0])
-
-
-def weighed(q, a, v, lengths):
-    """What shows all three ops and their gradients, a sum of random weights."""
-    n, m = lengths
-    S = pairwise_attention(q, a, n, m)
-    O = pairwise_attend(q, a, v, "rows", q_lengths=n, a_lengths=m)
-    return S, O, *pairwise_sums(q, a, n, m)
-
-
-def right(q, a, v, lengths):
-    S = pairwise_attention_reference(q, a, *lengths)
-    O = pairwise_attend_reference(q, a, v, *lengths, normalize="rows")
-    return S, O, *pairwise_sums_reference(q, a, *lengths)
-
-
-@pytest.mark.parametrize("lengths", [(None, None), (torch.tensor([5, 3]), torch.tensor([7, 4]))])
-@pytest.mark.parametrize("far", [1e13, 1e19, 1e25, 1e37])
-@pytest.mark.parametrize("D", [1, 3, 4, 5, 63])
-def test_distances_whose_squares_overflow(D, far, lengths):
-    """All rows far, and two far ones among others: those stay exact, near pairs too."""
-    for rows in (slice(None), slice(0, 2)):
-        q, a, v = torch.randn(2, 5, D), torch.randn(2, 7, D), torch.randn(2, 7, 3)
-        q[:, rows] *= far
-        a[:, rows] *= far
-        a[:, 3] = q[:, 2]
-        a[:, 4] = q[:, 3] + 0.01
-        inputs = [x.requires_grad_() for x in (q, a, v)]
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-        found, want = weighed(*inputs, lengths), right(*exact, lengths)
-        for x, y, near_zero in zip(found, want, (1e-37, 1e-6, 1e-37, 1e-37), strict=True):
-            torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=near_zero)
-        for k in range(4):
-            g = torch.randn_like(want[k])
-            ours = torch.autograd.grad(found[k], inputs, g.float(), allow_unused=True, retain_graph=True)
-            theirs = torch.autograd.grad(want[k], exact, g, allow_unused=True, retain_graph=True)
-            for x, y in zip(ours, theirs, strict=True):
-                if x is not None:  # each row's slope by itself: that of a far row is tiny
-                    largest = y.abs().amax(-1, keepdim=True)
-                    assert ((x.double() - y).abs() <= 1e-4 * largest + 1e-36).all()
-
-
-def test_float64_distances_whose_squares_overflow():
-    q, a = torch.randn(1, 3, 5, dtype=torch.float64), torch.randn(1, 4, 5, dtype=torch.float64)
-    d = torch.linalg.vector_norm(q[:, :, None] - a[:, None], dim=-1)
-    for function in (pairwise_attention, pairwise_attention_reference):
-        S = function(q * 1e200, a * 1e200)
-        torch.testing.assert_close(S * 1e200, 1 / d, rtol=1e-13, atol=0)
-    v = torch.randn(1, 4, 2, dtype=torch.float64)
-    O = pairwise_attend(q * 1e200, a * 1e200, v, "rows")
-    torch.testing.assert_close(O, (1 / d) @ v / (1 / d).sum(2, keepdim=True), rtol=1e-12, atol=0)
-
-
-def test_far_rows_of_the_readme():
-    q, a = torch.tensor([[1e20, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 1e19]])
-    v = torch.tensor([[1.0], [3.0]])
-    assert abs(float(pairwise_attend(q, a, v, "rows")) - 1.9975) < 1e-4
-    assert abs(float(attention_pool(q, a, 1)[0][0, 0]) - 1.995) < 1e-4
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_many_short_sentences_with_an_offset_are_centred_before_their_product(padded, monkeypatch):
-    """A product of uncentred rows would be computed again, and off by the square of the offset."""
-    monkeypatch.setattr(tiled_module, "SAMPLED", 0)
-    products = []
-    measure = operands_module.Operands.measure
-    monkeypatch.setattr(
-        operands_module.Operands, "measure", lambda x: products.append(x.offset is not None) or measure(x)
-    )
-    offsets = 30 * torch.randn(6, 1, 40)
-    q, a = torch.randn(6, 9, 40) + offsets, torch.randn(6, 11, 40) + offsets
-    a[:, 2] = q[:, 1] + 1e-3
-    lengths = ()
-    if padded:
-        lengths = torch.tensor([9, 3, 0, 1, 9, 5]), torch.tensor([11, 2, 5, 1, 0, 11])
-        q[2], a[4] = torch.nan, torch.inf
-    q.requires_grad_()
-    S = pairwise_attention(q, a, *lengths)
-    assert products == [True]
-    exact_q = q.detach().double().requires_grad_()
-    want = pairwise_attention_reference(exact_q, a.double(), *lengths)
-    torch.testing.assert_close(S.double(), want, rtol=0, atol=1e-6)
-    g = torch.randn_like(S)
-    (slope,), (exact_slope,) = torch.autograd.grad(S, q, g), torch.autograd.grad(want, exact_q, g.double())
-    bound = 2e-5 * float(exact_slope.abs().max())
-    torch.testing.assert_close(slope.double(), exact_slope, rtol=0, atol=bound)
-    # Without an offset nothing is taken out.
-    products.clear()
-    pairwise_attention(torch.randn(6, 9, 40), torch.randn(6, 11, 40))
-    assert products == [False]
