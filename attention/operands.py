@@ -5,11 +5,15 @@ Shapes: q (B, Q, D), a (B, A, D). float64 is computed in float64, everything els
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # A common offset is taken out when its square exceeds this share of the mean ||a||².
 OFFSET = 1 / 4
+# Squares between 1 / LARGE and LARGE neither over- nor underflow, nor does d³ of a gradient.
+LARGE = {dtype: math.sqrt(torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 # Up to so many features, every pair's difference costs less than a product and its many near pairs.
 DIRECT = 4
 
@@ -31,6 +35,8 @@ class Operands:
         padded: whether lengths were given.
         centred: whether `centre` has found an offset.
         direct: whether every distance is taken from the difference.
+        large: `LARGE` of the dtype.
+        extreme: whether a tile has had squares beyond it, or none above 1 / large.
     """
 
     q_squares: Tensor
@@ -54,7 +60,8 @@ class Operands:
         B, Q, _ = q.shape
         self.sizes = B, Q, a.shape[1]
         self.padded = q_lengths is not None or a_lengths is not None
-        self.measured = self.centred = False
+        self.measured = self.centred = self.extreme = False
+        self.large = LARGE[compute]
         # Differences have no use for another centre.
         self.searched = self.direct = q.shape[2] <= DIRECT
 
