@@ -46,8 +46,8 @@ class PairwiseAttention(torch.autograd.Function):
             x = Operands(q, a, q_lengths, a_lengths)
             S, kept, found = tiled.attention(x, keep=True)
         ctx.centred = x.centred
-        # A low-precision S is rounded too far, S of extreme rows cannot give k, and many near pairs would take
-        # more room than S itself.
+        # A low-precision S is rounded too far, that of extreme rows cannot give k, and many near pairs
+        # would take more room than S itself.
         near_pairs = sum([near.place.shape[0] for near in found])
         if S.dtype != q.dtype or x.extreme or near_pairs > tiled.KEPT * S.numel():
             ctx.kept = None

@@ -43,6 +43,9 @@ def pairwise_attention(
     Exact at every distance: float32 within 1e-6 of the true value, float16 and bfloat16 within one
     rounding. Equal rows score exactly 1 and pass no gradient to each other.
 
+    Distances beyond 1.8e19, whose squares overflow float32, score 0 with `impl="triton"`, and with "auto" on
+    CUDA; "torch" computes them.
+
     Args:
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16.
         a: (B, A, D) or (A, D), dtype and device of q.
@@ -103,6 +106,8 @@ def pairwise_attend(
     Second derivatives and ``torch.func`` inside of what is compiled take O(Q·A·(D + V)); forward mode
     takes that of a few rows of q at a time.
 
+    Beyond distances of 1.8e19, the Triton kernels take S as 0: see `pairwise_attention`.
+
     Args:
         q: (B, Q, D) or (Q, D), as for `pairwise_attention`.
         a: (B, A, D) or (A, D).
@@ -148,6 +153,8 @@ def pairwise_sums(
     precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """Row sums and column sums of S without S in memory (the weights of ABCNN-2's pooling).
+
+    Beyond distances of 1.8e19, the Triton kernels take S as 0: see `pairwise_attention`.
 
     Args:
         q: (B, Q, D) or (Q, D), as for `pairwise_attention`.
