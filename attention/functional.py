@@ -43,8 +43,8 @@ def pairwise_attention(
     Exact at every distance: float32 within 1e-6 of the true value, float16 and bfloat16 within one
     rounding. Equal rows score exactly 1 and pass no gradient to each other.
 
-    Distances beyond 1.8e19, whose squares overflow float32, score 0 with `impl="triton"`, and with "auto" on
-    CUDA; "torch" computes them.
+    With `impl="triton"`, and with "auto" on CUDA, distances beyond 1.8e19, whose squares overflow float32,
+    score 0, and those beyond 4e12, whose cubes do, pass no gradient; "torch" computes them.
 
     Args:
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16.
@@ -106,7 +106,7 @@ def pairwise_attend(
     Second derivatives and ``torch.func`` inside of what is compiled take O(Q·A·(D + V)); forward mode
     takes that of a few rows of q at a time.
 
-    Beyond distances of 1.8e19, the Triton kernels take S as 0: see `pairwise_attention`.
+    The Triton kernels take S of distances beyond 1.8e19 as 0: see `pairwise_attention`.
 
     Args:
         q: (B, Q, D) or (Q, D), as for `pairwise_attention`.
@@ -154,7 +154,7 @@ def pairwise_sums(
 ) -> tuple[Tensor, Tensor]:
     """Row sums and column sums of S without S in memory (the weights of ABCNN-2's pooling).
 
-    Beyond distances of 1.8e19, the Triton kernels take S as 0: see `pairwise_attention`.
+    The Triton kernels take S of distances beyond 1.8e19 as 0: see `pairwise_attention`.
 
     Args:
         q: (B, Q, D) or (Q, D), as for `pairwise_attention`.

@@ -81,7 +81,7 @@ class Operands:
 
     def looks_offset(self) -> bool:
         """Whether two rows of many point the same way, as they do on a common offset."""
-        if self.searched or self.a.numel() < LOOK or self.a.shape[1] == 1:
+        if self.searched or self.a.shape[1] == 1:
             return False
         rows = self.a[0]
         first, other = rows[0], rows[max(1, rows.shape[0] // 4)]

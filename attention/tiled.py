@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .blocks import Block, squares, whole_rows
 from .near import GROUP, Near, differences, extreme_places, groups_within, near_pairs, places_within
-from .operands import Operands
+from .operands import LOOK, Operands
 
 # Pairs with d² <= TAU (||q||² + ||a||²) are near.
 TAU = 1 / 8
@@ -52,7 +52,7 @@ def centred(x: Operands, blocks: list[Block]) -> list[Block]:
 
     A large one is looked at first: to compute it, find it crowded and compute it again takes twice as long.
     """
-    if len(blocks) > 1 or (blocks and x.looks_offset()):
+    if len(blocks) > 1 or (x.a.numel() >= LOOK and x.looks_offset()):
         x.centre()
     return blocks
 
