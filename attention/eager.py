@@ -44,11 +44,12 @@ class PairwiseAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
         with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
-            S, kept, found = tiled.attention(x)
+            S, kept, found = tiled.attention(x, keep=True)
         ctx.centred = x.centred
-        # A low-precision S is rounded too far, and many near pairs would take more room than S itself.
+        # A low-precision S is rounded too far, that of extreme rows cannot give k, and many near pairs
+        # would take more room than S itself.
         near_pairs = sum([near.place.shape[0] for near in found])
-        if S.dtype != q.dtype or near_pairs > tiled.KEPT * S.numel():
+        if S.dtype != q.dtype or x.extreme or near_pairs > tiled.KEPT * S.numel():
             ctx.kept = None
             ctx.save_for_backward(q, a, q_lengths, a_lengths)
             return S.to(q.dtype)

@@ -45,6 +45,9 @@ def pairwise_attention(
     Exact at every distance: float32 within 1e-6 of the true value, float16 and bfloat16 within one
     rounding. Equal rows score exactly 1 and pass no gradient to each other.
 
+    With `impl="triton"`, and with "auto" on CUDA, distances beyond 1.8e19, whose squares overflow float32,
+    score 0, and those beyond 4e12, whose cubes do, pass no gradient; "torch" computes them.
+
     Args:
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16.
         a: (B, A, D) or (A, D), dtype and device of q.
@@ -106,6 +109,8 @@ def pairwise_attend(
     Second derivatives and ``torch.func`` inside of what is compiled take O(Q·A·(D + V)); forward mode
     takes that of a few rows of q at a time.
 
+    The Triton kernels take S of distances beyond 1.8e19 as 0: see `pairwise_attention`.
+
     Args:
         q: (B, Q, D) or (Q, D), as for `pairwise_attention`.
         a: (B, A, D) or (A, D).
@@ -151,6 +156,8 @@ def pairwise_sums(
     precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """Row sums and column sums of S without S in memory (the weights of ABCNN-2's pooling).
+
+    The Triton kernels take S of distances beyond 1.8e19 as 0: see `pairwise_attention`.
 
     Args:
         q: (B, Q, D) or (Q, D), as for `pairwise_attention`.

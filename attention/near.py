@@ -52,13 +52,28 @@ def places_within(values: Tensor, groups: Tensor, bound: float) -> Tensor:
     return torch.cat([place, rest + N * GROUP])
 
 
+def extreme_places(x: Operands, block: Block, safe: Tensor) -> Tensor:
+    """The places of the real pairs whose squares are not `safe`: from now on differences are scaled."""
+    x.extreme = True
+    if x.q_padding is not None:
+        safe |= block.of_q(x.q_padding)
+    if x.a_padding is not None:
+        safe |= block.of_a(x.a_padding).mT
+    return safe.logical_not_().view(-1).nonzero().squeeze(1)
+
+
 def near_pairs(x: Operands, block: Block, place: Tensor) -> Near | None:
     """The pairs at these places of a tile, with their distances from the differences."""
     if place.shape[0] == 0:
         return None
     distance = x.q.new_empty(place.shape[0])
     for some, _, _, step in differences(x, block, place):
-        torch.linalg.vector_norm(step, dim=1, out=distance[some])
+        if x.extreme:
+            largest = step.abs().amax(1, keepdim=True)
+            largest.masked_fill_((largest == 0) | ~largest.isfinite(), 1)
+            torch.mul(torch.linalg.vector_norm(step.div_(largest), dim=1), largest[:, 0], out=distance[some])
+        else:
+            torch.linalg.vector_norm(step, dim=1, out=distance[some])
     return Near(place, distance)
 
 

@@ -5,11 +5,19 @@ Shapes: q (B, Q, D), a (B, A, D). float64 is computed in float64, everything els
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # A common offset is taken out when its square exceeds this share of the mean ||a||².
 OFFSET = 1 / 4
+# Rows of each a whose mean stands for the offset: the mean of all would cost more and bring little.
+SAMPLE = 8
+# From so many elements of a on, a look at two rows costs next to nothing beside the tiles.
+LOOK = 1 << 17
+# Squares between 1 / LARGE and LARGE neither over- nor underflow, nor does d³ of a gradient.
+LARGE = {dtype: math.sqrt(torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 # Up to so many features, every pair's difference costs less than a product and its many near pairs.
 DIRECT = 4
 
@@ -31,6 +39,8 @@ class Operands:
         padded: whether lengths were given.
         centred: whether `centre` has found an offset.
         direct: whether every distance is taken from the difference.
+        large: `LARGE` of the dtype.
+        extreme: whether a tile has had squares beyond it, or none above 1 / large.
     """
 
     q_squares: Tensor
@@ -54,7 +64,8 @@ class Operands:
         B, Q, _ = q.shape
         self.sizes = B, Q, a.shape[1]
         self.padded = q_lengths is not None or a_lengths is not None
-        self.measured = self.centred = False
+        self.measured = self.centred = self.extreme = False
+        self.large = LARGE[compute]
         # Differences have no use for another centre.
         self.searched = self.direct = q.shape[2] <= DIRECT
 
@@ -68,17 +79,27 @@ class Operands:
         if self.a_padding is not None:
             self.a_norms = self.a_squares.masked_fill(self.a_padding, torch.inf)
 
+    def looks_offset(self) -> bool:
+        """Whether two rows of many point the same way, as they do on a common offset."""
+        if self.searched or self.a.shape[1] == 1:
+            return False
+        rows = self.a[0]
+        first, other = rows[0], rows[max(1, rows.shape[0] // 4)]
+        return bool(first.dot(other) > OFFSET * first.dot(first))
+
     def centre(self) -> bool:
         """Take a large common offset out of the products; the first call that finds one returns True."""
         if self.searched:
             return False
         self.searched = True
         # The mean of a alone: where q has another offset its distances are large and nothing cancels.
-        count: Tensor | int = self.a.shape[1]
+        step = max(1, self.a.shape[1] // SAMPLE)
+        rows = self.a[:, ::step]
+        count: Tensor | int = rows.shape[1]
         if self.a_padding is not None:
-            count = (~self.a_padding).sum(1).clamp_(min=1).to(self.a.dtype)
-        mean = self.a.sum(1) / count  # (B, D)
-        if not (mean.square() * count).sum() > OFFSET * torch.linalg.vector_norm(self.a).square():
+            count = (~self.a_padding[:, ::step]).sum(1).clamp_(min=1).to(self.a.dtype)
+        mean = rows.sum(1) / count  # (B, D)
+        if not (mean.square() * count).sum() > OFFSET * torch.linalg.vector_norm(rows).square():
             return False
         self.q_centred, self.a_centred = self.q - mean[:, None], self.a - mean[:, None]
         self.centred, self.measured = True, False

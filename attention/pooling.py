@@ -32,7 +32,8 @@ def attention_pool(
 
         P_q[j] = Σ_{k=j}^{j+width-1} r_k · q[k]
 
-    and P_a likewise with the column sums of S (Yin et al., "ABCNN", TACL 2016, section 4.2).
+    and P_a likewise with the column sums of S (Yin et al., "ABCNN", TACL 2016, section 4.2). The Triton
+    kernels take S of distances beyond 1.8e19 as 0: see `pairwise_attention`.
 
     Args:
         q: (B, Q, D) or (Q, D); float64, float32, float16 or bfloat16; Q >= width.

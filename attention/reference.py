@@ -16,14 +16,23 @@ import torch
 from torch import Tensor
 
 
-def distance(q: Tensor, a: Tensor) -> Tensor:
-    """``||q[b, i] - a[b, j]||`` of shape (B, Q, A), from the differences themselves."""
+def scores(q: Tensor, a: Tensor) -> Tensor:
+    """``1 / (1 + d)`` of shape (B, Q, A), from the differences themselves."""
     difference = q[:, :, None, :] - a[:, None, :, :]  # (B, Q, A, D)
-    squared = difference.square().sum(-1)
+    # Where squares might over- or underflow, a pair is divided by its largest difference. d is that times
+    # the length of the rest whatever it is, so that no derivative depends on it.
+    largest = difference.detach().abs().amax(-1)
+    wide = torch.finfo(q.dtype).max ** 0.25
+    scaled = ((largest > wide) | (largest < 1 / wide)) & (largest > 0) & (largest < torch.inf)
+    scale = torch.where(scaled, largest, 1.0)
+    squared = (difference / scale[..., None]).square().sum(-1)
     # The square root has no derivative at 0. Taking it of 1 there, and returning the constant 0, makes
     # every derivative 0 instead of NaN.
     same = squared == 0
-    return torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
+    d = torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
+    # S² of far pairs would underflow in the gradient; that of (1 + d) / large does not.
+    large = scale.clamp(min=1)
+    return 1 / (1 / large + d * (scale / large)) / large
 
 
 def valid_pairs(q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Tensor:
@@ -44,7 +53,7 @@ def pairwise_attention_reference(
     # Rows outside the lengths may hold anything, NaN too: they are replaced before they are used.
     q = torch.where(valid.any(2)[..., None], q, 0.0) if q_lengths is not None else q
     a = torch.where(valid.any(1)[..., None], a, 0.0) if a_lengths is not None else a
-    return torch.where(valid, 1 / (1 + distance(q, a)), 0.0)
+    return torch.where(valid, scores(q, a), 0.0)
 
 
 def pairwise_attend_reference(

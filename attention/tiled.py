@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from .blocks import Block, squares, whole_rows
-from .near import GROUP, Near, differences, groups_within, near_pairs, places_within
-from .operands import Operands
+from .near import GROUP, Near, differences, extreme_places, groups_within, near_pairs, places_within
+from .operands import LOOK, Operands
 
 # Pairs with d² <= TAU (||q||² + ||a||²) are near.
 TAU = 1 / 8
@@ -48,8 +48,11 @@ KEPT = 1 / 8
 
 
 def centred(x: Operands, blocks: list[Block]) -> list[Block]:
-    """These blocks, a common offset taken out before the first of several; a single one sees for itself."""
-    if len(blocks) > 1:
+    """These blocks, a common offset taken out before the first of several; a single one sees for itself.
+
+    A large one is looked at first: to compute it, find it crowded and compute it again takes twice as long.
+    """
+    if len(blocks) > 1 or (x.a.numel() >= LOOK and x.looks_offset()):
         x.centre()
     return blocks
 
@@ -69,10 +72,10 @@ class Workspace:
         return buffer if buffer.shape == shape else buffer.view(-1)[: math.prod(shape)].view(shape)
 
 
-def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[float, Near | None]:
+def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[float | None, Near | None]:
     """Fill `out` with the distances of one tile; returns what all but the near pairs exceed, and those."""
     if x.direct:
-        return direct_distances(x, block, work, out), None
+        return direct_distances(x, block, work, out)
     if not x.measured:
         x.measure()
     torch.add(block.of_q(x.q_norms), block.of_a(x.a_norms).mT, out=out)
@@ -81,40 +84,52 @@ def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[
     bound = TAU * (q_squares.max().item() + a_squares.max().item())
     floor = out.amin().item()
     near = None
+    within = 1 / x.large < bound < x.large
     # One look at the smallest d² spares most tiles of unrelated rows the search.
-    if not floor > bound:
+    if not (within and floor > bound):
         # A few pairs that are not near do no harm: the tile's largest threshold serves for all of them,
-        # unless it lets many through. A NaN, from norms that overflow, asks for the difference too.
-        groups = groups_within(out, bound) if math.isfinite(bound) else None
+        # unless it lets many through.
+        groups = groups_within(out, bound) if within else None
         if groups is not None and groups.shape[0] * GROUP <= CROWD * out.numel():
             floor, near = bound, near_pairs(x, block, places_within(out, groups, bound))
         elif x.centre():
             return distances(x, block, work, out)
         else:
             threshold = torch.add(q_squares, a_squares.mT, out=work.take("threshold", out.shape)).mul_(TAU)
-            floor = threshold.amin().item()
-            over = torch.sub(out, threshold, out=threshold)
-            near = near_pairs(x, block, places_within(over, groups_within(over, 0), 0))
+            if within:
+                floor = threshold.amin().item()
+                over = torch.sub(out, threshold, out=threshold)
+                place = places_within(over, groups_within(over, 0), 0)
+            else:
+                safe = (out > threshold) & (threshold > 1 / x.large) & (threshold < x.large)
+                place = extreme_places(x, block, safe)
+            near = near_pairs(x, block, place)
     out.sqrt_()
     if near is not None:
         out.view(-1).index_copy_(0, near.place, near.distance)
     return max(floor, 0) ** 0.5, near
 
 
-def direct_distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> float:
-    """Fill `out` with the distances of one tile, feature by feature; returns the smallest."""
+def direct_distances(
+    x: Operands, block: Block, work: Workspace, out: Tensor
+) -> tuple[float | None, Near | None]:
+    """`distances`, feature by feature; what they exceed is left to who asks for it."""
     step = work.take("step", out.shape)
     out.zero_()
     for q, a in features(block, x.q, x.a):
         torch.sub(q, a, out=step)
         out.addcmul_(step, step)
-    smallest = out.amin().item()
+    near = None
+    if not 1 / x.large < out.amax().item() < x.large:
+        near = near_pairs(x, block, extreme_places(x, block, (out > 1 / x.large) & (out < x.large)))
     if x.q_padding is not None:
         out.masked_fill_(block.of_q(x.q_padding), torch.inf)
     if x.a_padding is not None:
         out.masked_fill_(block.of_a(x.a_padding).mT, torch.inf)
     out.sqrt_()
-    return smallest**0.5
+    if near is not None:
+        out.view(-1).index_copy_(0, near.place, near.distance)
+    return None, near
 
 
 def features(block: Block, q: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,18 +147,21 @@ class Kept(NamedTuple):
     close: bool  # whether others are close, too
 
 
-def attention(x: Operands) -> tuple[Tensor, list[Kept], list[Near]]:
-    """S (B, Q, A), what it keeps of each tile, and the near pairs of those that have any."""
+def attention(x: Operands, keep: bool = False) -> tuple[Tensor, list[Kept], list[Near]]:
+    """S (B, Q, A); with `keep` what it keeps of each tile, and the near pairs of those that have any."""
     S = x.q.new_empty(x.sizes)
     work = Workspace(x.q)
     kept, found = [], []
     for block in centred(x, whole_rows(x.sizes)):
         tile = block.of_pairs(S)
         floor, near = distances(x, block, work, tile)
+        if keep:
+            if floor is None:
+                floor = tile.amin().item()
+            kept.append(Kept(block, 0 if near is None else near.place.shape[0], not floor >= CLOSE))
+            if near is not None:
+                found.append(near)
         tile.add_(1).reciprocal_()
-        kept.append(Kept(block, 0 if near is None else near.place.shape[0], not floor >= CLOSE))
-        if near is not None:
-            found.append(near)
     return S, kept, found
 
 
@@ -200,7 +218,10 @@ class Gradients:
     def _add_direct(self, block: Block, k: Tensor) -> None:
         grads = features(block, self.q, self.a)
         for (q, a), (grad_q, grad_a) in zip(features(block, self.x.q, self.x.a), grads, strict=True):
-            step = (a - q).mul_(k)
+            step = a - q
+            if self.x.extreme:
+                step.masked_fill_(step.isinf(), 0)
+            step.mul_(k)
             for grad, total, first in (
                 (grad_q, step.sum(2, keepdim=True), block.j.start == 0),
                 (grad_a, step.sum(1, keepdim=True).neg_(), block.i.start == 0),
@@ -218,13 +239,21 @@ class Gradients:
 
     def add_near(self, block: Block, place: Tensor, distance: Tensor, g: Tensor) -> None:
         """Add what the near pairs of a tile contribute, g (b, rows, cols) upstream."""
-        apart = (distance > 0).nonzero().squeeze(1)
+        scaled = self.x.extreme
+        some_way = distance > 0
+        if scaled:
+            some_way &= distance < torch.inf
+        apart = some_way.nonzero().squeeze(1)
         if apart.shape[0] == 0:
             return
         place, d = place.index_select(0, apart), distance.index_select(0, apart)
-        k = g.reshape(-1).index_select(0, place) / (d * (1 + d).square())
+        k = g.reshape(-1).index_select(0, place)
+        # In an order in which nothing overflows: d by itself, below.
+        k = k / (1 + d) / (1 + d) if scaled else k / (d * (1 + d).square())
         D = self.q.shape[2]
         for some, q_row, a_row, step in differences(self.x, block, place):
+            if scaled:
+                step.div_(d[some, None])
             step.mul_(k[some, None])
             self.q.view(-1, D).index_add_(0, q_row, step, alpha=-1)
             self.a.view(-1, D).index_add_(0, a_row, step)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import oracle
@@ -18,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 from gatematch.attention import (
     AttentionFeatures,
     PairwiseAttention,
+    attention_pool,
     ops,
     pairwise_attend,
     pairwise_attention,
     pairwise_sums,
 )
 from gatematch.attention import blocks as blocks_module
+from gatematch.attention import operands as operands_module
 from gatematch.attention import tiled as tiled_module
 from gatematch.attention.reference import (
     pairwise_attend_reference,
@@ -245,6 +248,125 @@ def test_infinite_and_huge_rows_are_far_and_nan_stays_nan():
     S = pairwise_attention(q, a)
     assert (S[0, 0] == 0).all() and S[0, 1, 1] < 1e-20 and S[0, 2].isnan().all()
     torch.testing.assert_close(S[0, 1, ::2], exact(q, a)[0, 1, ::2].float())
+
+
+def test_far_rows_of_the_issue_score_what_they_should():
+    q, a = torch.tensor([[1e20, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 1e19]])
+    v = torch.tensor([[1.0], [3.0]])
+    for D in (2, 5):  # from the differences, and by the product
+        q, a = (torch.nn.functional.pad(x, (0, D - x.shape[1])) for x in (q, a))
+        torch.testing.assert_close(pairwise_attend(q, a, v, "rows"), torch.tensor([[1.99751]]))
+        assert attention_pool(q, a, 1)[0][0, 0].item() == pytest.approx(1.995037)
+        for dtype, size in ((torch.float32, 1e5), (torch.float64, 1e140)):
+            rows, others = q.to(dtype) * size, a.to(dtype) * size
+            want = [[1 / (1 + math.dist(x, y)) for y in others.tolist()] for x in rows.tolist()]
+            torch.testing.assert_close(pairwise_attention(rows, others), torch.tensor(want, dtype=dtype))
+
+
+def extreme(e, B, Q, A, D):
+    """Rows of about the size e, one of size 1 and one equal to another beside them."""
+    q, a = torch.randn(B, Q, D) * e, torch.randn(B, A, D) * e
+    if A > 1:
+        a[:, 0] = q[:, 0]
+        if e > 1:
+            a[:, 1] = torch.randn(D)
+    return q, a
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("e", [1e-35, 1e-30, 1e-12, 1e12, 1e16, 1.2e19, 1e20, 1e30, 1e36])
+@pytest.mark.parametrize("D", [1, 4, 5, 300])
+def test_extreme_rows_have_exact_scores_and_gradients(D, e, reference):
+    by = pairwise_attention_reference if reference else pairwise_attention
+    for B, Q, A in ((1, 3, 1), (2, 3, 63), (1, 65, 9)):
+        q, a = extreme(e, B, Q, A, D)
+        q_lengths, a_lengths = torch.tensor([Q, Q - 2][:B]), torch.tensor([A, A // 2][:B])
+        for x, n in ((q, q_lengths), (a, a_lengths)):
+            x[torch.arange(x.shape[1]) >= n[:, None]] = math.nan
+        # S falls with d and its gradient with d²: an upstream of the size of d keeps them within float32.
+        g = torch.randn(B, Q, A) * max(1, e)
+        S = by(q, a, q_lengths, a_lengths)
+        want = exact(q, a, q_lengths, a_lengths)
+        assert ((S - want).abs() <= 1e-6 * want + 1e-37).all() and (S[0, 0, 0] == 1 or A == 1)
+        lengths = {"q_lengths": q_lengths, "a_lengths": a_lengths}
+        got = gradients(partial(by, **lengths), (q, a), g)
+        true = gradients(
+            partial(pairwise_attention_reference, **lengths), (q.double(), a.double()), g.double()
+        )
+        sizes = g.double().abs() * want.square()
+        for x, y, size in zip(got, true, (sizes.sum(2), sizes.sum(1)), strict=True):
+            assert ((x - y).norm(dim=-1) <= 8e-6 * size + 1e-37).all()
+
+
+@pytest.mark.parametrize("D", [3, 20])
+@pytest.mark.parametrize("e", [1e-30, 1e20, 1e30])
+def test_attend_of_extreme_rows_has_gradients_in_every_mode(e, D):
+    q, a, v = torch.randn(1, 6, D) * e, torch.randn(1, 7, D) * e, torch.randn(1, 7, 2)
+    g = torch.randn(1, 6, 2)
+
+    def attend(q, a, v):
+        return pairwise_attend(q, a, v, "rows")
+
+    def true(q, a, v):
+        return pairwise_attend_reference(q, a, v, normalize="rows")
+
+    wide = [x.double() for x in (q, a, v)]
+    O, want = attend(q, a, v), true(*wide)
+    close = {"rtol": 1e-4, "atol": 0, "check_dtype": False}
+    torch.testing.assert_close(O, want, **close)
+    for x, y in zip(gradients(attend, (q, a, v), g), gradients(true, wide, g.double()), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item(), check_dtype=False)
+    dot = torch.func.jvp(attend, (q, a, v), (q.roll(1, 1), a.roll(1, 1), v))[1]
+    dot64 = torch.func.jvp(true, tuple(wide), (wide[0].roll(1, 1), wide[1].roll(1, 1), wide[2]))[1]
+    torch.testing.assert_close(dot, dot64, rtol=1e-4, atol=1e-5 * dot64.abs().max().item(), check_dtype=False)
+    many = torch.vmap(attend)(*(torch.stack([x, x]) for x in (q, a, v)))
+    torch.testing.assert_close(many[1], O)
+
+
+@pytest.mark.parametrize("e", [1e-12, 1.0, 1e10, 1e12])
+def test_the_reference_scales_without_a_change_of_any_derivative(e):
+    q, a, v = torch.randn(1, 3, 4) * e, torch.randn(1, 5, 4) * e, torch.randn(1, 5, 2)
+
+    def plain(q, a, v):
+        S = 1 / (1 + (q[:, :, None] - a[:, None]).square().sum(-1).sqrt())
+        return (S @ v) / S.sum(2, keepdim=True)
+
+    def of(function, *rows):
+        rows = [x.clone().requires_grad_() for x in rows]
+        first = torch.autograd.grad(function(*rows).square().sum(), rows, create_graph=True)
+        turned = [x.detach().roll(1, 1) for x in rows[:2]]
+        second = torch.autograd.grad((first[0] * turned[0]).sum() + (first[1] * turned[1]).sum(), rows)
+        return [*first, *second]
+
+    want = of(plain, q.double(), a.double(), v.double())
+    for function in (pairwise_attend, pairwise_attend_reference):
+        for x, y in zip(of(partial(function, normalize="rows"), q, a, v), want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max().item(), check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_offset_of_many_sentences_is_seen_before_their_product(shared, dtype, monkeypatch):
+    measured = []
+    measure = operands_module.Operands.measure
+    monkeypatch.setattr(
+        operands_module.Operands, "measure", lambda x: (measured.append(x.centred), measure(x))
+    )
+    offset = 10 if shared else 10 * torch.randn(64, 1, 100)
+    q, a = torch.randn(64, 40, 100) + offset, torch.randn(64, 40, 100) + offset
+    lengths = torch.randint(12, 41, (64,))
+    q, a = q.to(dtype), a.to(dtype)
+    for n in (None, lengths):
+        measured.clear()
+        rows = a if n is None else a.masked_fill((torch.arange(40) >= n[:, None])[..., None], math.nan)
+        S = pairwise_attention(q, rows, None, n)
+        assert measured == [True]
+        torch.testing.assert_close(S, exact(q, rows, None, n).to(dtype), rtol=0, atol=1e-6)
+    # Nothing is found where there is nothing, or no number.
+    for rows in (a - offset, a.clone().index_fill_(1, torch.tensor(0), math.nan)):
+        measured.clear()
+        pairwise_attention(q - offset, rows.to(dtype))
+        assert measured[0] is False
 
 
 def test_zero_rows_and_equal_rows_pass_no_gradient():

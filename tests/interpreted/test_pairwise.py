@@ -262,6 +262,26 @@ def test_norms_that_overflow():
     assert (S[0, :, 1:] < 1e-18).all()
 
 
+@pytest.mark.parametrize("D", [2, 20])
+def test_distances_score_until_their_squares_overflow(D):
+    """The bounds of the docs: S until d² leaves float32, distances of 1.8e19; its gradient until d³ does."""
+    d = torch.tensor([4e12, 1.8e19, 1.9e19, 1e25])
+    q, a = torch.zeros(1, 4, D), torch.zeros(1, 1, D)
+    q[0, :, 1] = d
+    q.requires_grad_()
+    S = pairwise_attention(q, a, impl="triton")
+    torch.testing.assert_close(S[0, :, 0], torch.tensor([1 / 4e12, 1 / 1.8e19, 0.0, 0.0]), rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(S, q, torch.full_like(S, 1e12))
+    assert grad[0, 0, 1].item() == pytest.approx(-1e12 / 4e12**2, rel=1e-4) and not grad[0, 1:].any()
+    d = d[1:]
+    far, v = q.detach()[:, 2:], torch.ones(1, 1, 2)
+    assert not pairwise_attend(far, a, v, "rows", impl="triton").any()
+    assert not any(x.any() for x in pairwise_sums(far, a, impl="triton"))
+    torch.testing.assert_close(
+        pairwise_attention(far, a, impl="torch")[0, :, 0], 1 / d[1:], rtol=1e-6, atol=0
+    )
+
+
 # That of the CPU, and those of CUDA's arithmetic.
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
