@@ -24,8 +24,8 @@ BY = {"impl": "torch", "precision": "float32"}
 def _operands(ctx: Any, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Operands:
     """Those of the forward pass, made again: they cost little beside the tiles, and need not be kept."""
     x = Operands(q, a, q_lengths, a_lengths)
-    if ctx.centred:
-        x.centre()
+    if ctx.offset is not None:
+        x.take_out(ctx.offset)
     return x
 
 
@@ -45,7 +45,7 @@ class PairwiseAttention(torch.autograd.Function):
         with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             S, kept, found = tiled.attention(x, keep=True)
-        ctx.centred = x.centred
+        ctx.offset = x.offset
         # A low-precision S is rounded too far, that of extreme rows cannot give k, and many near pairs
         # would take more room than S itself.
         near_pairs = sum([near.place.shape[0] for near in found])
@@ -91,7 +91,7 @@ class PairwiseAttend(torch.autograd.Function):
         with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             O, r = tiled.attend(x, by_torch.values(x, v), normalize)
-        ctx.centred = x.centred
+        ctx.offset = x.offset
         ctx.save_for_backward(q, a, v, q_lengths, a_lengths, *(() if r is None else (O, r)))
         return O.to(q.dtype)
 
@@ -117,7 +117,7 @@ class PairwiseSums(torch.autograd.Function):
         with library_products(q.device.type):
             x = Operands(q, a, q_lengths, a_lengths)
             r, c = tiled.sums(x)
-        ctx.centred = x.centred
+        ctx.offset = x.offset
         ctx.save_for_backward(q, a, q_lengths, a_lengths)
         return r.to(q.dtype), c.to(q.dtype)
 

@@ -5,7 +5,6 @@ Shapes: q (B, Q, D), a (B, A, D). A pair's place is its position in the tile, ro
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Block
-from .operands import Operands
+from .operands import Operands, Scratch
 
 # Pairs are first looked at in groups of so many, most of which hold no near one.
 GROUP = 8
@@ -87,33 +86,7 @@ def pair_rows(x: Operands, block: Block, place: Tensor) -> tuple[Tensor, Tensor]
     return q_row, a_row
 
 
-class Scratch(threading.local):
-    """Room for the rows of near pairs, kept by each thread between calls.
-
-    The rows of a call's near pairs are some megabytes, which the system hands out page by page, cleared: that
-    takes several times longer than gathering them.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def halves(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two buffers (rows, D), like the rows of `like`, that the next call hands out again."""
-        D = like.shape[-1]
-        # Another device's memory may still be read by work that is queued there.
-        if not like.is_cpu or 2 * rows * D > SCRATCH:
-            return like.new_empty(rows, D), like.new_empty(rows, D)
-        buffer = self.buffers.get(like.dtype)
-        if buffer is None:
-            with torch.inference_mode(False):
-                buffer = self.buffers[like.dtype] = torch.empty(
-                    2, SCRATCH // 2, dtype=like.dtype, device="cpu"
-                )
-        first, second = buffer[:, : rows * D].view(2, rows, D)
-        return first, second
-
-
-_scratch = Scratch()
+_scratch = Scratch(SCRATCH)
 
 
 def differences(x: Operands, block: Block, place: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -127,7 +100,7 @@ def differences(x: Operands, block: Block, place: Tensor) -> Iterator[tuple[slic
     for start in range(0, place.shape[0], step):
         some = slice(start, min(start + step, place.shape[0]))
         q_row, a_row = q_rows[some], a_rows[some]
-        q, a = _scratch.halves(q_row.shape[0], x.q)
+        q, a = _scratch.two((q_row.shape[0], D), (q_row.shape[0], D), x.q)
         torch.index_select(x.q.view(-1, D), 0, q_row, out=q)
         torch.index_select(x.a.view(-1, D), 0, a_row, out=a)
         yield some, q_row, a_row, q.sub_(a)

@@ -6,6 +6,7 @@ Shapes: q (B, Q, D), a (B, A, D). float64 is computed in float64, everything els
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -18,8 +19,37 @@ SAMPLE = 8
 LOOK = 1 << 17
 # Squares between 1 / LARGE and LARGE neither over- nor underflow, nor does d³ of a gradient.
 LARGE = {dtype: math.sqrt(torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
+# Elements of the room for centred rows.
+CENTRED = 1 << 21
 # Up to so many features, every pair's difference costs less than a product and its many near pairs.
 DIRECT = 4
+
+
+class Scratch(threading.local):
+    """Room for two tensors, kept by each thread between calls.
+
+    Fresh memory of some megabytes comes from the system page by page, cleared, which takes several times
+    longer than to compute what is put there.
+    """
+
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def two(self, first: tuple[int, ...], second: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of these shapes, like `like`, whose memory the next call hands out again."""
+        size, end = math.prod(first), math.prod(first) + math.prod(second)
+        # Another device's memory may still be read by work that is queued there.
+        if not like.is_cpu or end > self.elements:
+            return like.new_empty(first), like.new_empty(second)
+        buffer = self.buffers.get(like.dtype)
+        if buffer is None:
+            with torch.inference_mode(False):
+                buffer = self.buffers[like.dtype] = torch.empty(self.elements, dtype=like.dtype, device="cpu")
+        return buffer[:size].view(first), buffer[size:end].view(second)
+
+
+_centred = Scratch(CENTRED)
 
 
 def padding(rows: Tensor, lengths: Tensor) -> Tensor:
@@ -37,7 +67,7 @@ class Operands:
         q_norms, a_norms: the same, infinite in the padding.
         sizes: (B, Q, A).
         padded: whether lengths were given.
-        centred: whether `centre` has found an offset.
+        offset: (B, 1, D), the one that `centre` has found, or None.
         direct: whether every distance is taken from the difference.
         large: `LARGE` of the dtype.
         extreme: whether a tile has had squares beyond it, or none above 1 / large.
@@ -64,7 +94,8 @@ class Operands:
         B, Q, _ = q.shape
         self.sizes = B, Q, a.shape[1]
         self.padded = q_lengths is not None or a_lengths is not None
-        self.measured = self.centred = self.extreme = False
+        self.measured = self.extreme = False
+        self.offset: Tensor | None = None
         self.large = LARGE[compute]
         # Differences have no use for another centre.
         self.searched = self.direct = q.shape[2] <= DIRECT
@@ -97,10 +128,16 @@ class Operands:
         rows = self.a[:, ::step]
         count: Tensor | int = rows.shape[1]
         if self.a_padding is not None:
-            count = (~self.a_padding[:, ::step]).sum(1).clamp_(min=1).to(self.a.dtype)
-        mean = rows.sum(1) / count  # (B, D)
+            count = (~self.a_padding[:, ::step]).sum(1, keepdim=True).clamp_(min=1).to(self.a.dtype)
+        mean = rows.sum(1, keepdim=True) / count
         if not (mean.square() * count).sum() > OFFSET * torch.linalg.vector_norm(rows).square():
             return False
-        self.q_centred, self.a_centred = self.q - mean[:, None], self.a - mean[:, None]
-        self.centred, self.measured = True, False
+        self.take_out(mean)
         return True
+
+    def take_out(self, offset: Tensor) -> None:
+        """Centre the rows; offset (B, 1, D)."""
+        self.searched, self.offset, self.measured = True, offset, False
+        q, a = _centred.two(self.q.shape, self.a.shape, self.q)
+        self.q_centred = torch.sub(self.q, offset, out=q)
+        self.a_centred = torch.sub(self.a, offset, out=a)

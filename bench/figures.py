@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gatematch.attention.near import SCRATCH
+from gatematch.attention.operands import CENTRED
 
 from .pairwise_problems import pairwise_problem
 from .problems import Case
@@ -170,8 +171,8 @@ class Figures:
         return f"{GRADIENT} times"
 
     def room(self, dtype: str) -> str:
-        """What each thread keeps for near rows."""
-        return f"{SCRATCH * getattr(torch, dtype).itemsize >> 20} MiB"
+        """What each thread keeps for near rows and for centred ones."""
+        return f"{(SCRATCH + CENTRED) * getattr(torch, dtype).itemsize >> 20} MiB"
 
     def h200_step(self, whose: str) -> str:
         """Microseconds a step of an LSTM with 64 hidden units in TF32."""

@@ -55,7 +55,10 @@ class Sample:
         return self.normal(64, self.features)
 
     def rows(self, letter: str) -> Tensor:
-        return self.vocabulary[torch.randint(64, (self.batch, self.shape[letter]), device=self.device)]
+        """Every other one a little beside its word: near, but not equal, so that it has a gradient."""
+        rows = self.vocabulary[torch.randint(64, (self.batch, self.shape[letter]), device=self.device)]
+        rows[:, ::2] += 0.05 * self.normal(self.batch, -(-self.shape[letter] // 2), self.features)
+        return rows
 
     def values(self, letter: str) -> Tensor:
         return self.normal(self.batch, self.shape[letter], self.value_features)
@@ -67,7 +70,20 @@ class Sample:
     def lengths(self, letter: str) -> Tensor | None:
         if not self.with_lengths:
             return None
-        return torch.full((self.batch,), self.shape[letter], device=self.device)
+        return mixed(self.shape[letter], self.batch, self.device)
+
+
+def mixed(most: int, number: int, device: str) -> Tensor:
+    """Lengths from all down to none: the first is full, so that one row is all that a launch is timed for."""
+    return most - torch.arange(number, device=device) * (most + 1) // max(number, 1)
+
+
+def _real(rows: Tensor, lengths: Tensor | None) -> Tensor:
+    """Rows with zeros past the lengths, where some kernels leave whatever is there."""
+    if lengths is None or rows.dim() == 1:  # few features need no copy: it is empty
+        return rows
+    past = torch.arange(rows.shape[1], device=rows.device) >= lengths[:, None]
+    return rows.masked_fill(past.view(*past.shape, *[1] * (rows.dim() - 2)), 0)
 
 
 _LARGE_BATCH = 64
@@ -135,7 +151,7 @@ def _pairwise_split(sample: Sample) -> Launch:
     x, lengths = sample.rows("M"), sample.lengths("M")
     centre = torch.randn(sample.batch, sample.features, device=sample.device)
     number = parts_for(sample.dtype, sample.precision)
-    return lambda: (split_rows(x, lengths, centre, number),)
+    return lambda: (_real(split_rows(x, lengths, centre, number), lengths),)
 
 
 def _sides(sample: Sample) -> tuple[Side, Side]:
@@ -148,7 +164,8 @@ def _pairwise_prepare(sample: Sample) -> Launch:
 
     def launch() -> tuple[Tensor | None, ...]:
         side, _ = prepare(x, x, lengths, lengths, sample.precision)
-        return side.copy, side.squares[..., : x.shape[1]]  # past the rows they are infinite
+        # Past the lengths the squares are infinite.
+        return side.copy, _real(side.squares[..., : x.shape[1]], lengths)
 
     return launch
 
@@ -195,7 +212,7 @@ class _Sequence:
         N, T, B, H = 2, sample.steps, sample.shape["B"], sample.shape["H"]
         weights = [sample.normal(4 * H, H) / H**0.5 for _ in range(N)]
         states = sample.normal(N, B, H), sample.normal(N, B, H)
-        lengths = torch.full((B,), T, device=sample.device) if sample.with_lengths else None
+        lengths = mixed(T, B, sample.device) if sample.with_lengths else None
         return cls(sample.normal(N, T, B, 4 * H), weights, *states, lengths)
 
 

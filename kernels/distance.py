@@ -41,6 +41,12 @@ def length_of(lengths_ptr, b, size):
 
 
 @triton.jit
+def share(part, tiles, parts):
+    """The first of `tiles` in one of so many parts; a product of the two may take more than 32 bits."""
+    return (part.to(tl.int64) * tiles // parts).to(tl.int32)
+
+
+@triton.jit
 def sample(rows_ptr, k, D, end, stride):
     """SAMPLES of the first `end` rows, evenly spread: [SAMPLES, len(k)]."""
     row = tl.arange(0, SAMPLES).to(tl.int64) * end // SAMPLES

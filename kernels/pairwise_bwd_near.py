@@ -40,6 +40,7 @@ def near_rows(
 
     Tiles of BLOCK_N columns are visited if their bit is set in `found`, that of tile number t being t % 32.
     """
+    tl.static_assert(NEAR <= BLOCK_N, "the bit of a tile is that of whole groups of NEAR columns")
     tiles_m = tl.cdiv(M, BLOCK_M)
     i0 = block % tiles_m * BLOCK_M
     b = (block // tiles_m).to(tl.int64)

@@ -187,7 +187,12 @@ def far_squares(product, x_squares, y_squares):
 
 @triton.jit
 def near_of(product, x_squares, y_squares, x_left, y_left, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which pairs of a tile `far_squares` has left out, but for those of rows of NaN and past the lengths."""
+    """Which pairs of a tile `far_squares` has left out, but for those of rows of NaN and past the lengths.
+
+    Exactly those, though its tile was wider and its x may have been held: each element of `product` adds up
+    the same numbers in the same order, BLOCK_K features at a time and in a block as many as an instruction
+    takes, which its width does not change. tests/test_kernels_compile.py reads that from what is compiled.
+    """
     squares = x_squares[:, None] + y_squares[None, :]
     past = tl.fma(product, -2.0, (1.0 - TAU) * squares).to(tl.uint32, bitcast=True)
     valid = (tl.arange(0, BLOCK_M) < x_left)[:, None] & (tl.arange(0, BLOCK_N) < y_left)[None, :]

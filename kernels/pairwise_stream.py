@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .distance import DIRECT, length_of, squares_by_feature
+from .distance import DIRECT, length_of, share, squares_by_feature
 from .launch import layout, multiprocessors, product_precision, programs
 from .numerics import as_multiplied
 from .pairwise_prepare import (
@@ -96,6 +96,7 @@ def pairwise_stream_fwd(
     y_scale (B, N') the columns of S are multiplied by it first. HELD: the number of blocks of BLOCK_K
     features, if those of x are kept, or 0.
     """
+    tl.static_assert(NEAR <= BLOCK_N, "the bit of a tile is that of whole groups of NEAR columns")
     D *= VEC_D
     stride_x *= VEC_D
     stride_y *= VEC_D
@@ -131,8 +132,8 @@ def pairwise_stream_fwd(
         totals += (tl.zeros((BLOCK_M, BLOCK_V), tl.float32),)
     sums = tl.zeros((BLOCK_M, ONES), tl.float32)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    first = split * tiles_n // splits * BLOCK_N
-    last = tl.minimum((split + 1) * tiles_n // splits * BLOCK_N, y_end)
+    first = share(split, tiles_n, splits) * BLOCK_N
+    last = tl.minimum(share(split + 1, tiles_n, splits) * BLOCK_N, y_end)
     if x_left <= 0:
         last = first
     x = ()
@@ -243,11 +244,12 @@ def pairwise_stream_sums(
     j = tl.arange(0, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    last_m = tl.minimum((split_m + 1) * tiles_m // splits_m * BLOCK_M, x_end)
-    last_n = tl.minimum((split_n + 1) * tiles_n // splits_n * BLOCK_N, y_end)
-    for i0 in range(split_m * tiles_m // splits_m * BLOCK_M, last_m, BLOCK_M):
+    first_n = share(split_n, tiles_n, splits_n) * BLOCK_N
+    last_m = tl.minimum(share(split_m + 1, tiles_m, splits_m) * BLOCK_M, x_end)
+    last_n = tl.minimum(share(split_n + 1, tiles_n, splits_n) * BLOCK_N, y_end)
+    for i0 in range(share(split_m, tiles_m, splits_m) * BLOCK_M, last_m, BLOCK_M):
         row_sums = tl.zeros((BLOCK_M,), tl.float32)
-        for j0 in range(split_n * tiles_n // splits_n * BLOCK_N, last_n, BLOCK_N):
+        for j0 in range(first_n, last_n, BLOCK_N):
             s = tile_scores(
                 x_ptr + i0 * stride_x, y_ptr + j0 * stride_y, x_copy_ptr + i0 * features,
                 y_copy_ptr + j0 * features, x_squares_ptr + i0, y_squares_ptr + j0, x_end - i0, y_end - j0,

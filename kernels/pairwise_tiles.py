@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .distance import TAU, length_of, near_distances, near_words, pick, slope_by_distance
+from .distance import TAU, length_of, near_distances, near_words, pick, share, slope_by_distance
 from .launch import launch, layout, multiprocessors, programs, width
 from .pairwise_parts import FEATURES, ROWS, Parts
 
@@ -124,8 +124,8 @@ def run_of(x_lengths_ptr, y_lengths_ptr, M, N, runs, BLOCK_M: tl.constexpr, BLOC
     run = tl.program_id(0) % runs
     i0 = tl.program_id(0) // runs % tiles_m * BLOCK_M
     b = (tl.program_id(0) // runs // tiles_m).to(tl.int64)
-    first = (run.to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
-    last = ((run + 1).to(tl.int64) * tiles_n // runs).to(tl.int32) * BLOCK_N
+    first = share(run, tiles_n, runs) * BLOCK_N
+    last = share(run + 1, tiles_n, runs) * BLOCK_N
     x_left = length_of(x_lengths_ptr, b, M) - i0
     y_end = length_of(y_lengths_ptr, b, N)
     if x_left <= 0:

@@ -350,7 +350,7 @@ def test_an_offset_of_many_sentences_is_seen_before_their_product(shared, dtype,
     measured = []
     measure = operands_module.Operands.measure
     monkeypatch.setattr(
-        operands_module.Operands, "measure", lambda x: (measured.append(x.centred), measure(x))
+        operands_module.Operands, "measure", lambda x: (measured.append(x.offset is not None), measure(x))
     )
     offset = 10 if shared else 10 * torch.randn(64, 1, 100)
     q, a = torch.randn(64, 40, 100) + offset, torch.randn(64, 40, 100) + offset

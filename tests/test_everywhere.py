@@ -3,11 +3,13 @@
 Run as a script, this prints what is wrong with tensors of other layouts: some would crash the process.
 """
 
+import os
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,7 +144,9 @@ def layouts() -> Iterator[str]:
 
 
 def test_tensors_that_are_not_strided() -> None:
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
+    folder = {"PYTHONPATH": str(Path(__file__).parent)}  # under PYTHONSAFEPATH it is not there by itself
+    command = [sys.executable, __file__]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | folder)
     *tried, last = run.stdout.splitlines()
     assert run.returncode == 0, f"{last} ends the process with {run.returncode}: {run.stderr}"
     assert len(tried) > 200 and not run.stderr, run.stderr

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import traceback
 from collections import defaultdict
 from unittest import mock
 
@@ -12,13 +14,14 @@ triton = pytest.importorskip("triton")
 pytest.importorskip("rich")
 import triton.language as tl  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
+from triton.compiler.errors import CompilationError  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from gatematch.bench.__main__ import app  # noqa: E402
-from gatematch.bench.kernels import ARCHITECTURES, faults, kernel_rows, run_kernels  # noqa: E402
-from gatematch.bench.launches import LAUNCHES, Sample, entries, samples, served  # noqa: E402
+from gatematch.bench.kernels import ARCHITECTURES, compiled, faults, kernel_rows, run_kernels  # noqa: E402
+from gatematch.bench.launches import LAUNCHES, Sample, entries, launched_with, samples, served  # noqa: E402
 from gatematch.bench.results import read_results  # noqa: E402
 from gatematch.kernels import config, pairwise_prepare  # noqa: E402
 from gatematch.kernels.config import Config  # noqa: E402
@@ -83,6 +86,40 @@ def test_every_launch_asks_for_fma(kernel, monkeypatch):
     entry = next(iter(entries(["sm_90"], f"^{kernel}/")))
     LAUNCHES[kernel](next(samples(kernel, entry.dtype, entry.shape)))()
     assert asked and all(asked)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sized_by"),
+    [
+        ("pairwise_bwd_near", "pairwise_bwd"),
+        ("pairwise_stream_fwd", "pairwise_stream_fwd"),
+        ("pairwise_stream_bwd", "pairwise_stream_bwd"),
+    ],
+)
+def test_tiles_narrower_than_their_bit_do_not_compile(kernel, sized_by):
+    """A second walk in steps of 32 columns would lose the near pairs of every other tile of 16."""
+    (entry, *_) = entries(["sm_90"], f"^{sized_by}/sm_90/bfloat16$")
+    tile = dataclasses.replace(entry.tile, blocks={**entry.tile.blocks, "BLOCK_N": 16})
+    sample = next(samples(kernel, entry.dtype, {"Q": 300, "A": 300, **entry.shape}))
+    with launched_with(sized_by, tile), pytest.raises(CompilationError) as raised:
+        compiled(kernel, "sm_90", lambda: LAUNCHES[kernel](sample)())
+    assert "whole groups of NEAR columns" in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["pairwise_stream_fwd", "pairwise_stream_bwd"])
+def test_both_walks_add_up_a_product_in_the_same_order(kernel, dtype, arch):
+    """Instructions for one kind of numbers all take as many features: then no width of a tile matters."""
+    (entry, *_) = entries([arch], f"^{kernel}/{arch}/{dtype}$")
+    sample = next(samples(kernel, entry.dtype, entry.shape))
+    with launched_with(kernel, entry.tile):
+        binaries = compiled(kernel, arch, lambda: LAUNCHES[kernel](sample)())
+    for binary in binaries:
+        depths = defaultdict(set)
+        for _, k, kind in re.findall(r"mma\S*\.m\d+n(\d+)k(\d+)((?:\.\w+)+)", binary.asm["ptx"]):
+            depths[kind].add(int(k))
+        assert depths and all(len(found) == 1 for found in depths.values()), depths
 
 
 # What the report must see, in kernels of a few lines.

@@ -31,7 +31,7 @@ def test_a_figure_follows_the_results(tmp_path: Path) -> None:
     page = "| <!-- checked -->all 7<!-- / --> | **<!-- room float64 --><!-- / -->** |\n"
     results, machine = tmp_path / "bench/results/cpu/check.json", describe_machine(torch.device("cpu"))
     write_results(results, machine, [row])
-    drawn = "| <!-- checked -->all 1<!-- / --> | **<!-- room float64 -->2 MiB<!-- / -->** |\n"
+    drawn = "| <!-- checked -->all 1<!-- / --> | **<!-- room float64 -->18 MiB<!-- / -->** |\n"
     assert redrawn(page, tmp_path) == drawn
     write_results(results, machine, [row | {"error": 3.0}])
     with pytest.raises(ValueError, match="the results no longer say that all are within their bounds"):

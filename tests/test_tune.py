@@ -301,3 +301,11 @@ def test_a_gpu_is_needed(device):
     assert result.exit_code == 2
     assert result.output.startswith("Error: ")
     assert result.output.count("\n") == 1
+
+
+def test_inputs_have_near_rows_apart_and_lengths_of_all_kinds():
+    """Equal rows alone would leave the slopes of near pairs at 0, and full lengths the masks untried."""
+    sample = Sample(torch.float32, {"Q": 40, "A": 50}, features=30, batch=3)
+    squares = torch.cdist(sample.rows("Q"), sample.rows("A")).square().flatten()
+    assert (squares == 0).any() and ((squares > 0) & (squares < 1)).sum() > 30 and (squares > 10).any()
+    assert sample.lengths("Q").tolist() == [40, 27, 13]

@@ -45,6 +45,23 @@ def test_a_common_offset_changes_nothing(dtype, offset, with_lengths):
     check_attention(q, a, lengths_of(q, a) if with_lengths else (None, None))
 
 
+def test_pairs_at_the_threshold_are_in_one_of_both_walks():
+    """Pairs that roundings make near or far: one in both walks or in neither would be off by its score."""
+    B, L, D = 6, 64, 40
+    x, other = torch.randn(2, B, L, D, dtype=torch.float64)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    other -= (other * x).sum(-1, keepdim=True) / size**2 * x
+    other *= size / torch.linalg.vector_norm(other, dim=-1, keepdim=True)
+    cosine = 1 - distance.TAU.value  # so that d² = TAU (||x||² + ||y||²)
+    y = cosine * x + (1 - cosine**2) ** 0.5 * other
+    x, y = (0.1 * rows.float() for rows in (x, y))
+    v = torch.eye(L).expand(B, L, L).contiguous()
+    check_attend(x, y, v)
+    O = pairwise_attend(x, y, v, impl="triton")
+    want = exact.pairwise_attention_reference(x.double(), y.double())
+    torch.testing.assert_close(O.double(), want, rtol=0, atol=2e-6)
+
+
 def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
     q, a = torch.randn(2, 9, 20), torch.randn(2, 7, 20)
     by = ("triton", "float32", False)
