@@ -10,12 +10,13 @@ PIP_ARGS ?=
 # More options of the command, as in: make bench ARGS=--resume
 ARGS ?=
 
-.PHONY: help bench speed check kernels test test-all slow fresh newest lint docs docs-check gpu clean
+.PHONY: help bench speed check kernels test test-all slow fresh fuzz newest lint docs docs-check gpu clean
 
 help:
 	@echo "make bench     train the answer matcher on real data; JSON and pictures in $(OUT)/answers"
 	@echo "make test      the tests (6 minutes on 2 cores, the installation included)"
 	@echo "make test-all  with the slow ones (make slow) and those of a fresh seed (make fresh)"
+	@echo "make fuzz      10,000 drawn calls, valid ones and spoilt ones, in child processes"
 	@echo "make check     every op and module on this machine against float64"
 	@echo "make speed     ours beside torch's own, row by row"
 	@echo "make kernels   what each kernel compiles to, per architecture: registers, spills, tensor-core instructions"
@@ -82,6 +83,9 @@ fresh: $(VENV)/for-test
 	$(call tests,$(RUN),fresh)
 
 test-all: test slow fresh
+
+fuzz: $(VENV)/for-test
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) tests/fuzz.py 10000 $(ARGS)
 
 # Torch's bound on Triton does not count here, and neither does this package's own.
 NEWEST := $(VENV)/newest/bin/python

@@ -343,7 +343,7 @@ def fits(x: Any, weights: list[Tensor], spec: Spec, hx: State | None, batch_firs
             h_shape, c_shape = spec.state_shapes(None if len(shape) == 2 else shape[0 if batch_first else 1])
             weights, shapes = [*weights, *hx], (*shapes, h_shape, c_shape)
         return _alike(x, weights, shapes) and (hx is None or isinstance(hx, (tuple, list)))
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):  # this of a nested tensor
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):  # this of a nested tensor
         return False
 
 
@@ -371,7 +371,7 @@ def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
         if not dtype.is_floating_point or not 0 < len(shape) < 3 or x.layout is not torch.strided:
             return False
         return all([weight.is_cpu is cpu for weight in weights])
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         return False
 
 
