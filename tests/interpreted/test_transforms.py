@@ -8,6 +8,8 @@ import transform_ops
 import transforms
 from transforms import TABLES, WRITING
 
+from gatematch.lstm import LSTM
+
 torch.set_num_threads(1)
 OPS = transform_ops.ops("triton")
 COLUMNS = TABLES["kernels"]
@@ -76,3 +78,14 @@ def test_an_exported_program_has_gradients_if_it_was_exported_with_them(op):
         else:
             with pytest.raises(NotImplementedError, match="exported without gradients has no backward pass"):
                 torch.autograd.grad(results, inputs, case.g)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_of_one_step_is_right_for_more():
+    """A single step goes by the kernel of a cell, and a trace would do so for any sequence."""
+    model = LSTM(3, 4, impl="triton")
+    traced = torch.jit.trace(model, torch.randn(1, 2, 3))
+    x = torch.randn(3, 5, 3)
+    plain = torch.nn.LSTM(3, 4).double()
+    plain.load_state_dict(model.state_dict())
+    transforms.compare(traced(x), plain(x.double()), 1e-5)
