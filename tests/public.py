@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import gatematch
 import gatematch.lstm
@@ -35,7 +36,7 @@ def _public() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def calls() -> dict[str, dict[str, Any]]:
-    """The arguments of a valid call of everything public, made anew."""
+    """The arguments of a valid call of everything public, made anew, by name and what is special."""
     torch.manual_seed(0)
     q, a, v = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 3)
     w = torch.randn(3, requires_grad=True)
@@ -44,6 +45,7 @@ def calls() -> dict[str, dict[str, Any]]:
     pair = {"q": q, "a": a, "q_lengths": torch.tensor([3, 2]), "a_lengths": torch.tensor([1, 5])}
     network, cell, op = LSTM(4, 5), LSTMCell(4, 5), aslinearoperator(np.eye(3))
     abcnn, features = ABCNN(4, length=5), AttentionFeatures(4, length=5)
+    packed = pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
     step = {"hx": (hx[0][0], hx[1][0])}
 
     def loss() -> torch.Tensor:
@@ -60,6 +62,7 @@ def calls() -> dict[str, dict[str, Any]]:
         "HessianOperator": curved,
         "LSTM": {"input_size": 4, "hidden_size": 5},
         "LSTM.forward": {"self": network, "input": x, "hx": hx, "lengths": lengths},
+        "LSTM.forward, packed": {"self": network, "input": packed, "return_cells": True},
         "LSTMCell": {"input_size": 4, "hidden_size": 5},
         "LSTMCell.forward": {"self": cell, "input": x[0], **step},
         "PairwiseAttention": {},

@@ -30,10 +30,11 @@ class Packed(nn.Module):
 @pytest.mark.parametrize("return_cells", [False, True])
 def test_a_trace_of_packed_sequences_takes_other_batches(return_cells: bool) -> None:
     model = Packed(return_cells)
-    traced = torch.jit.trace(model, (torch.randn(2, 6, 3), torch.tensor([2, 1, 2, 1, 2, 2])))
-    x, lengths = torch.randn(5, 4, 3), torch.tensor([3, 5, 1, 4])
-    for found, right in zip(traced(x, lengths), model(x, lengths), strict=True):
-        torch.testing.assert_close(found, right)
+    traced = torch.jit.trace(model, (torch.randn(2, 3, 3), torch.tensor([2, 1, 2])))
+    for lengths in (torch.tensor([3, 5, 1, 4, 2]), torch.tensor([2, 3])):
+        x = torch.randn(5, len(lengths), 3)
+        for found, right in zip(traced(x, lengths), model(x, lengths), strict=True):
+            torch.testing.assert_close(found, right)
 
 
 @pytest.mark.parametrize(
