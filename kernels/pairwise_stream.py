@@ -244,12 +244,12 @@ def pairwise_stream_sums(
     j = tl.arange(0, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    first_n = share(split_n, tiles_n, splits_n) * BLOCK_N
-    last_m = tl.minimum(share(split_m + 1, tiles_m, splits_m) * BLOCK_M, x_end)
-    last_n = tl.minimum(share(split_n + 1, tiles_n, splits_n) * BLOCK_N, y_end)
-    for i0 in range(share(split_m, tiles_m, splits_m) * BLOCK_M, last_m, BLOCK_M):
+    # Without `share`: of so few parts 32 bits hold the products.
+    last_m = tl.minimum((split_m + 1) * tiles_m // splits_m * BLOCK_M, x_end)
+    last_n = tl.minimum((split_n + 1) * tiles_n // splits_n * BLOCK_N, y_end)
+    for i0 in range(split_m * tiles_m // splits_m * BLOCK_M, last_m, BLOCK_M):
         row_sums = tl.zeros((BLOCK_M,), tl.float32)
-        for j0 in range(first_n, last_n, BLOCK_N):
+        for j0 in range(split_n * tiles_n // splits_n * BLOCK_N, last_n, BLOCK_N):
             s = tile_scores(
                 x_ptr + i0 * stride_x, y_ptr + j0 * stride_y, x_copy_ptr + i0 * features,
                 y_copy_ptr + j0 * features, x_squares_ptr + i0, y_squares_ptr + j0, x_end - i0, y_end - j0,
