@@ -68,11 +68,13 @@ def check_number(name: str, value: Any, over: float | None = None) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    kind = (str, NoneType) if None in choices else str
+    # An array would be compared element by element.
+    if isinstance(value, kind) and value in choices:
+        return
     expected = f"one of {', '.join(map(repr, choices))}"
-    # `in` would compare an array element by element.
-    check_kind(name, value, (str, NoneType) if None in choices else str, expected)
-    if value not in choices:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    check_kind(name, value, kind, expected)
+    raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype] = FLOATING) -> None:

@@ -240,6 +240,7 @@ def _run_packed(
     impl: str,
 ) -> tuple[Any, ...]:
     data, batch_sizes, sorted_indices, unsorted_indices = x
+    batch_sizes = batch_sizes.contiguous()  # torch's op looks at no strides, and reads past the end
     B: Any = batch_sizes[0] if tracing() else int(batch_sizes[0])  # a trace would keep the number
     if hx is None:
         hx = _zero_state(data, spec, B)
