@@ -11,6 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
+from .blocks import Block
+
 # A common offset is taken out when its square exceeds this share of the mean ||a||².
 OFFSET = 1 / 4
 # Rows of each a whose mean stands for the offset: the mean of all would cost more and bring little.
@@ -109,6 +111,13 @@ class Operands:
             self.q_norms = self.q_squares.masked_fill(self.q_padding, torch.inf)
         if self.a_padding is not None:
             self.a_norms = self.a_squares.masked_fill(self.a_padding, torch.inf)
+
+    def fill_padding(self, block: Block, pairs: Tensor, value: float) -> None:
+        """Give the pairs of a tile that lie past the lengths this value."""
+        if self.q_padding is not None:
+            pairs.masked_fill_(block.of_q(self.q_padding), value)
+        if self.a_padding is not None:
+            pairs.masked_fill_(block.of_a(self.a_padding).mT, value)
 
     def looks_offset(self) -> bool:
         """Whether two rows of many point the same way, as they do on a common offset."""
