@@ -120,12 +120,14 @@ class Operands:
             pairs.masked_fill_(block.of_a(self.a_padding).mT, value)
 
     def looks_offset(self) -> bool:
-        """Whether two rows of many point the same way, as they do on a common offset."""
-        if self.searched or self.a.shape[1] == 1:
+        """Whether two rows of some sequences point the same way, as they do on a common offset."""
+        B, _, A = self.sizes
+        if self.searched or A == 1:
             return False
-        rows = self.a[0]
-        first, other = rows[0], rows[max(1, rows.shape[0] // 4)]
-        return bool(first.dot(other) > OFFSET * first.dot(first))
+        # Of several: one alone may be shorter than its second row, or without the offset of the others.
+        rows = self.a[:: max(1, B // SAMPLE)]
+        first, other = rows[:, 0], rows[:, max(1, A // 4)]
+        return bool((first * other).sum() > OFFSET * first.square().sum())
 
     def centre(self) -> bool:
         """Take a large common offset out of the products; the first call that finds one returns True."""
@@ -139,7 +141,9 @@ class Operands:
         if self.a_padding is not None:
             count = (~self.a_padding[:, ::step]).sum(1, keepdim=True).clamp_(min=1).to(self.a.dtype)
         mean = rows.sum(1, keepdim=True) / count
-        if not (mean.square() * count).sum() > OFFSET * torch.linalg.vector_norm(rows).square():
+        # Of all rows at once, which lie apart, it takes twice as long.
+        size = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=2))
+        if not (mean.square() * count).sum() > OFFSET * size.square():
             return False
         self.take_out(mean)
         return True
