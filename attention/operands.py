@@ -17,8 +17,8 @@ from .blocks import Block
 OFFSET = 1 / 4
 # Rows of each a whose mean stands for the offset: the mean of all would cost more and bring little.
 SAMPLE = 8
-# From so many elements of a on, a look at two rows costs next to nothing beside the tiles.
-LOOK = 1 << 17
+# From so many elements of a on, a look at two rows costs at most about 2% of a single tile.
+LOOK = 1 << 19
 # Squares between 1 / LARGE and LARGE neither over- nor underflow, nor does d³ of a gradient.
 LARGE = {dtype: math.sqrt(torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 # Elements of the room for centred rows.
@@ -120,14 +120,12 @@ class Operands:
             pairs.masked_fill_(block.of_a(self.a_padding).mT, value)
 
     def looks_offset(self) -> bool:
-        """Whether two rows of some sequences point the same way, as they do on a common offset."""
-        B, _, A = self.sizes
-        if self.searched or A == 1:
+        """Whether the first two rows point the same way, as they do on a common offset."""
+        if self.searched or self.a.shape[1] == 1:
             return False
-        # Of several: one alone may be shorter than its second row, or without the offset of the others.
-        rows = self.a[:: max(1, B // SAMPLE)]
-        first, other = rows[:, 0], rows[:, max(1, A // 4)]
-        return bool((first * other).sum() > OFFSET * first.square().sum())
+        rows = self.a[0, :2]
+        own, other = rows.mv(rows[0]).tolist()
+        return bool(other > OFFSET * own)
 
     def centre(self) -> bool:
         """Take a large common offset out of the products; the first call that finds one returns True."""

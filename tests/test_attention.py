@@ -362,12 +362,10 @@ def test_an_offset_of_many_sentences_is_seen_before_their_product(shared, dtype,
     monkeypatch.setattr(
         operands_module.Operands, "measure", lambda x: (measured.append(x.offset is not None), measure(x))
     )
-    offset = 10 if shared else 10 * torch.randn(64, 1, 100)
-    q, a = torch.randn(64, 40, 100) + offset, torch.randn(64, 40, 100) + offset
-    lengths = torch.randint(5, 41, (64,))
-    lengths[0] = 1
-    # The first sequences have less to show than the others: two have no offset, one has a single row.
-    q[:2], a[:2] = torch.randn(2, 2, 40, 100)
+    offset = 10 if shared else 10 * torch.randn(64, 1, 210)
+    q, a = torch.randn(64, 40, 210) + offset, torch.randn(64, 40, 210) + offset
+    lengths = torch.randint(2, 41, (64,))
+    lengths[0] = 2
     q, a = q.to(dtype), a.to(dtype)
     for n in (None, lengths):
         measured.clear()
