@@ -6,7 +6,7 @@ A wrong type or dtype raises TypeError; a wrong shape, value or device raises Va
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from itertools import permutations
 from numbers import Integral, Real
@@ -42,6 +42,15 @@ def check_tensor(name: str, value: Any, expected: str = "", hint: str = "") -> N
     if value.layout is not torch.strided or value.is_nested:
         got = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name}: expected a strided tensor, got {got}")
+
+
+def has_nested(values: Iterable[Any]) -> bool:
+    """Whether a RuntimeError about a shape is one that `check_tensor` can say better.
+
+    Any other one must be raised again: torch.jit.trace, which refuses a parameter that the traced function
+    captures, has stopped tracing by then, and crashes if the function goes on.
+    """
+    return any(isinstance(value, Tensor) and value.is_nested for value in values)
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -124,11 +133,12 @@ def check_lengths(name: str, lengths: Any, like: str, x: Tensor, time: int = 1, 
     Returns:
         The lengths as a tensor.
     """
+    got = type(lengths).__name__
     if isinstance(lengths, (list, tuple, np.ndarray)):
         lengths = _tensor_of(name, lengths)
     check_tensor(name, lengths, "a tensor or a list of integers")
     if x.dim() == 2:
-        raise ValueError(f"{name}: expected None for an unbatched {like}, got {type(lengths).__name__}")
+        raise ValueError(f"{name}: expected None for an unbatched {like}, got {got}")
     dtype = lengths.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         hint = "; of a mask, its sums over time" if lengths.dim() == 2 else ""
