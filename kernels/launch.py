@@ -17,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows further apart than this would overflow the offsets inside a tile: they are copied.
+# Indices and offsets inside a tile of up to 128 rows are of 32 bits. Rows further apart than MAX_STRIDE are
+# copied; loops step past the last row, or the last program, by less than 2**20; up to three parts of a row's
+# features lie side by side.
 MAX_STRIDE = 2**24
+MAX_ROWS = MAX_PROGRAMS = 2**31 - 2**20
+MAX_FEATURES = 2**22
 # Hidden sizes of an LSTM are filled up to a multiple of it.
 HIDDEN_MULTIPLE = 16
 
@@ -40,7 +44,16 @@ def obstacle(x: Tensor) -> str | None:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x (B, L, D) as the kernels read it: features side by side, rows not too far apart."""
+    """x (B, L, D) as the kernels read it: features side by side, rows not too far apart.
+
+    Raises:
+        ValueError: if there are more rows or features than the kernels count.
+    """
+    if x.shape[1] > MAX_ROWS or x.shape[2] > MAX_FEATURES:
+        raise ValueError(
+            f"q, a and v: expected up to {MAX_ROWS} rows of up to {MAX_FEATURES} features, got "
+            f"{tuple(x.shape)}; impl='torch' takes more"
+        )
     return x if (x.stride(2) == 1 or x.shape[2] == 1) and x.stride(1) < MAX_STRIDE else x.contiguous()
 
 
@@ -79,8 +92,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def programs(number: int) -> tuple[int, int, int]:
     """A flat grid."""
-    if number >= 2**31:
-        raise ValueError(f"q and a must need fewer than 2**31 tiles; got {number}: split the batch")
+    if number > MAX_PROGRAMS:
+        raise ValueError(f"q and a: expected up to {MAX_PROGRAMS} tiles, got {number}; split the batch")
     return number, 1, 1
 
 

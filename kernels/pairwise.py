@@ -160,7 +160,7 @@ def pairwise_fwd(
     FEW: D is at most DIRECT. PARTS: of rows without an offset, see `expand`; others have 1 at least.
     D and the strides of x and y are in units of VEC_D elements, N in VEC_S, the stride of W in 8.
     """
-    tl.static_assert(BLOCK_M <= 128, "offsets inside a tile are of 32 bits")
+    tl.static_assert(BLOCK_M <= 128 and BLOCK_N <= 128, "offsets inside a tile are of 32 bits")
     D *= VEC_D
     N *= VEC_S
     stride_x *= VEC_D

@@ -50,6 +50,7 @@ def pairwise_bwd(
     TRANSPOSED: x = a, so W and g have rows of y. copy: what is multiplied of y, in PARTS.
     Strides: of x and y in units of VEC_D elements, of the copy in VEC_C, of g in VEC_G, of W in ALIGNED.
     """
+    tl.static_assert(BLOCK_M <= 128 and BLOCK_N <= 128, "offsets inside a tile are of 32 bits")
     D *= VEC_D
     stride_x *= VEC_D
     stride_y *= VEC_D

@@ -51,6 +51,7 @@ def pairwise_split(
     VEC_D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of x less their centre, in PARTS beside each other. Strides in units of VEC_D."""
+    tl.static_assert(BLOCK_M <= 128, "offsets inside a tile are of 32 bits")
     D *= VEC_D
     stride_x *= VEC_D
     features = tl.cdiv(D, ALIGNED) * ALIGNED

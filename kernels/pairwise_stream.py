@@ -96,6 +96,8 @@ def pairwise_stream_fwd(
     y_scale (B, N') the columns of S are multiplied by it first. HELD: the number of blocks of BLOCK_K
     features, if those of x are kept, or 0.
     """
+    tl.static_assert(ROWS % BLOCK_M == 0 and ROWS % BLOCK_N == 0, "the copies have whole blocks of rows")
+    tl.static_assert(FEATURES % BLOCK_K == 0, "the copies have whole blocks of features")
     tl.static_assert(NEAR <= BLOCK_N, "the bit of a tile is that of whole groups of NEAR columns")
     D *= VEC_D
     stride_x *= VEC_D

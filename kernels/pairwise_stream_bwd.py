@@ -100,6 +100,8 @@ def pairwise_stream_bwd(
     HELD, HELD_V: the number of blocks of BLOCK_K features of x and of BLOCK_V columns of u, if those are
     kept, or 0. Shifts and scales are (B, M') and (B, N').
     """
+    tl.static_assert(ROWS % BLOCK_M == 0 and ROWS % BLOCK_N == 0, "the copies have whole blocks of rows")
+    tl.static_assert(FEATURES % BLOCK_K == 0, "the copies have whole blocks of features")
     tl.static_assert(NEAR <= BLOCK_N, "the bit of a tile is that of whole groups of NEAR columns")
     D *= VEC_D
     stride_x *= VEC_D
