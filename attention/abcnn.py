@@ -64,6 +64,8 @@ class Convolution(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, q: Tensor, a: Tensor, q_lengths: Tensor | None, a_lengths: Tensor | None) -> Pair:
+        check_tensor("weight", self.weight)
+        check_tensor("bias", self.bias)
         if self.attention is not None:
             F_q, F_a = self.attention(q, a, q_lengths, a_lengths)
             q, a = torch.cat([q, F_q], 2), torch.cat([a, F_a], 2)

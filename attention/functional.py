@@ -24,6 +24,7 @@ from gatematch.checks import (
     check_lengths,
     check_shape,
     check_tensor,
+    has_nested,
 )
 from gatematch.plan import who_computes
 from gatematch.torch_private import surroundings
@@ -201,7 +202,11 @@ def check_pair(
     try:
         strided = q.layout is a.layout is torch.strided
         dtype, shape, other = q.dtype, q.shape, a.shape
-    except (AttributeError, RuntimeError):  # no tensor; a nested one
+    except AttributeError:  # no tensor
+        strided = False
+    except RuntimeError:
+        if not has_nested((q, a)):
+            raise
         strided = False
     if not strided or not isinstance(q, Tensor) or not isinstance(a, Tensor):
         check_tensor("q", q)

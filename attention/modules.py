@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from gatematch.checks import GivenLengths, by_keyword, check_alike, check_bool, check_dtype, check_int
+from gatematch.checks import (
+    GivenLengths,
+    by_keyword,
+    check_alike,
+    check_bool,
+    check_dtype,
+    check_int,
+    check_tensor,
+)
 from gatematch.plan import fx_node
 
 from .functional import check_pair, checked_attention, pairwise_attention
@@ -91,7 +99,11 @@ class AttentionFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if isinstance(q, Proxy):
             return fx_node(self, q, a, q_lengths, a_lengths)
-        check_weighted("q", q, self.weight_q)
+        weight_q = self.weight_q
+        weight_a = weight_q if self.shared else self.weight_a
+        check_tensor("weight_q", weight_q)
+        check_tensor("weight_a", weight_a)
+        check_weighted("q", q, weight_q)
         unbatched, q_lengths, a_lengths = check_pair(q, a, q_lengths, a_lengths)
         for name, rows in (("q", q), ("a", a)):
             if rows.shape[-2] > self.length:
@@ -99,8 +111,7 @@ class AttentionFeatures(nn.Module):
                     f"{name}: expected at most length = {self.length} rows, got {rows.shape[-2]}"
                 )
         S = checked_attention(q, a, q_lengths, a_lengths, unbatched)
-        weight_a = self.weight_q if self.shared else self.weight_a
-        return S @ self.weight_q.mT[: a.shape[-2]], S.mT @ weight_a.mT[: q.shape[-2]]
+        return S @ weight_q.mT[: a.shape[-2]], S.mT @ weight_a.mT[: q.shape[-2]]
 
     def extra_repr(self) -> str:
         return f"{self.features}, length={self.length}" + (", shared=True" if self.shared else "")

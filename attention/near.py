@@ -54,10 +54,7 @@ def places_within(values: Tensor, groups: Tensor, bound: float) -> Tensor:
 def extreme_places(x: Operands, block: Block, safe: Tensor) -> Tensor:
     """The places of the real pairs whose squares are not `safe`: from now on differences are scaled."""
     x.extreme = True
-    if x.q_padding is not None:
-        safe |= block.of_q(x.q_padding)
-    if x.a_padding is not None:
-        safe |= block.of_a(x.a_padding).mT
+    x.fill_padding(block, safe, True)
     return safe.logical_not_().view(-1).nonzero().squeeze(1)
 
 

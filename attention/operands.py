@@ -11,12 +11,14 @@ import threading
 import torch
 from torch import Tensor
 
+from .blocks import Block
+
 # A common offset is taken out when its square exceeds this share of the mean ||a||².
 OFFSET = 1 / 4
 # Rows of each a whose mean stands for the offset: the mean of all would cost more and bring little.
 SAMPLE = 8
-# From so many elements of a on, a look at two rows costs next to nothing beside the tiles.
-LOOK = 1 << 17
+# From so many elements of a on, a look at two rows costs at most about 2% of a single tile.
+LOOK = 1 << 19
 # Squares between 1 / LARGE and LARGE neither over- nor underflow, nor does d³ of a gradient.
 LARGE = {dtype: math.sqrt(torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 # Elements of the room for centred rows.
@@ -110,13 +112,20 @@ class Operands:
         if self.a_padding is not None:
             self.a_norms = self.a_squares.masked_fill(self.a_padding, torch.inf)
 
+    def fill_padding(self, block: Block, pairs: Tensor, value: float) -> None:
+        """Give the pairs of a tile that lie past the lengths this value."""
+        if self.q_padding is not None:
+            pairs.masked_fill_(block.of_q(self.q_padding), value)
+        if self.a_padding is not None:
+            pairs.masked_fill_(block.of_a(self.a_padding).mT, value)
+
     def looks_offset(self) -> bool:
-        """Whether two rows of many point the same way, as they do on a common offset."""
+        """Whether the first two rows point the same way, as they do on a common offset."""
         if self.searched or self.a.shape[1] == 1:
             return False
-        rows = self.a[0]
-        first, other = rows[0], rows[max(1, rows.shape[0] // 4)]
-        return bool(first.dot(other) > OFFSET * first.dot(first))
+        rows = self.a[0, :2]
+        own, other = rows.mv(rows[0]).tolist()
+        return bool(other > OFFSET * own)
 
     def centre(self) -> bool:
         """Take a large common offset out of the products; the first call that finds one returns True."""
@@ -130,7 +139,9 @@ class Operands:
         if self.a_padding is not None:
             count = (~self.a_padding[:, ::step]).sum(1, keepdim=True).clamp_(min=1).to(self.a.dtype)
         mean = rows.sum(1, keepdim=True) / count
-        if not (mean.square() * count).sum() > OFFSET * torch.linalg.vector_norm(rows).square():
+        # Of all rows at once, which lie apart, it takes twice as long.
+        size = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=2))
+        if not (mean.square() * count).sum() > OFFSET * size.square():
             return False
         self.take_out(mean)
         return True

@@ -103,6 +103,8 @@ def distances(x: Operands, block: Block, work: Workspace, out: Tensor) -> tuple[
             else:
                 safe = (out > threshold) & (threshold > 1 / x.large) & (threshold < x.large)
                 place = extreme_places(x, block, safe)
+                # A product that overflows makes an infinite norm NaN.
+                x.fill_padding(block, out, torch.inf)
             near = near_pairs(x, block, place)
     out.sqrt_()
     if near is not None:
@@ -122,10 +124,7 @@ def direct_distances(
     near = None
     if not 1 / x.large < out.amax().item() < x.large:
         near = near_pairs(x, block, extreme_places(x, block, (out > 1 / x.large) & (out < x.large)))
-    if x.q_padding is not None:
-        out.masked_fill_(block.of_q(x.q_padding), torch.inf)
-    if x.a_padding is not None:
-        out.masked_fill_(block.of_a(x.a_padding).mT, torch.inf)
+    x.fill_padding(block, out, torch.inf)
     out.sqrt_()
     if near is not None:
         out.view(-1).index_copy_(0, near.place, near.distance)

@@ -6,7 +6,7 @@ A wrong type or dtype raises TypeError; a wrong shape, value or device raises Va
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from itertools import permutations
 from numbers import Integral, Real
@@ -44,6 +44,15 @@ def check_tensor(name: str, value: Any, expected: str = "", hint: str = "") -> N
         raise TypeError(f"{name}: expected a strided tensor, got {got}")
 
 
+def has_nested(values: Iterable[Any]) -> bool:
+    """Whether a RuntimeError about a shape is one that `check_tensor` can say better.
+
+    Any other one must be raised again: torch.jit.trace, which refuses a parameter that the traced function
+    captures, has stopped tracing by then, and crashes if the function goes on.
+    """
+    return any(isinstance(value, Tensor) and value.is_nested for value in values)
+
+
 def check_bool(name: str, value: Any) -> None:
     """NumPy's count too, here and in `check_int` and `check_number`."""
     if not isinstance(value, (bool, np.bool_)):
@@ -68,11 +77,13 @@ def check_number(name: str, value: Any, over: float | None = None) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    kind = (str, NoneType) if None in choices else str
+    # An array would be compared element by element.
+    if isinstance(value, kind) and value in choices:
+        return
     expected = f"one of {', '.join(map(repr, choices))}"
-    # `in` would compare an array element by element.
-    check_kind(name, value, (str, NoneType) if None in choices else str, expected)
-    if value not in choices:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    check_kind(name, value, kind, expected)
+    raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype] = FLOATING) -> None:
@@ -122,11 +133,12 @@ def check_lengths(name: str, lengths: Any, like: str, x: Tensor, time: int = 1, 
     Returns:
         The lengths as a tensor.
     """
+    got = type(lengths).__name__
     if isinstance(lengths, (list, tuple, np.ndarray)):
         lengths = _tensor_of(name, lengths)
     check_tensor(name, lengths, "a tensor or a list of integers")
     if x.dim() == 2:
-        raise ValueError(f"{name}: expected None for an unbatched {like}, got {type(lengths).__name__}")
+        raise ValueError(f"{name}: expected None for an unbatched {like}, got {got}")
     dtype = lengths.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         hint = "; of a mask, its sums over time" if lengths.dim() == 2 else ""

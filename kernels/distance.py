@@ -42,8 +42,8 @@ def length_of(lengths_ptr, b, size):
 
 @triton.jit
 def share(part, tiles, parts):
-    """The first of `tiles` in one of so many parts; a product of the two may take more than 32 bits."""
-    return (part.to(tl.int64) * tiles // parts).to(tl.int32)
+    """The first of `tiles` in one of so many parts: part * tiles // parts may take more than 32 bits."""
+    return part * (tiles // parts) + tl.minimum(part, tiles % parts)
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def _long_gradients(
     if vec_d * q.element_size() < 8:  # rows that are hardly aligned take registers of their own
         resident //= 2
     chunks = -(-D // options["BLOCK_K"])
-    tiles_k = -(-chunks // (resident // options["BLOCK_K"]))
+    tiles_k = -(-chunks // max(resident // options["BLOCK_K"], 1))
     of_pairs = kept_strides(W)
     found: list[Tensor | None] = []
     sides = (q, a, q_lengths, a_lengths, dq), (a, q, a_lengths, q_lengths, da)

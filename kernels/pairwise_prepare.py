@@ -191,7 +191,9 @@ def near_of(product, x_squares, y_squares, x_left, y_left, BLOCK_M: tl.constexpr
 
     Exactly those, though its tile was wider and its x may have been held: each element of `product` adds up
     the same numbers in the same order, BLOCK_K features at a time and in a block as many as an instruction
-    takes, which its width does not change. tests/test_kernels_compile.py reads that from what is compiled.
+    takes; tests/test_kernels_compile.py reads that from what is compiled. mma.sync is the same instruction
+    for every width. wgmma is another for 64 columns than for 32, and no manual says that both round alike:
+    tests/test_gpu.py compares their bits.
     """
     squares = x_squares[:, None] + y_squares[None, :]
     past = tl.fma(product, -2.0, (1.0 - TAU) * squares).to(tl.uint32, bitcast=True)

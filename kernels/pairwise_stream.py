@@ -244,7 +244,7 @@ def pairwise_stream_sums(
     j = tl.arange(0, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    # Without `share`: of so few parts 32 bits hold the products.
+    # Without `share`, which spills here on sm_80: of so few parts 32 bits hold the products.
     last_m = tl.minimum((split_m + 1) * tiles_m // splits_m * BLOCK_M, x_end)
     last_n = tl.minimum((split_n + 1) * tiles_n // splits_n * BLOCK_N, y_end)
     for i0 in range(split_m * tiles_m // splits_m * BLOCK_M, last_m, BLOCK_M):

@@ -25,6 +25,7 @@ from gatematch.checks import (
     check_lengths,
     check_shape,
     check_tensor,
+    has_nested,
 )
 from gatematch.plan import TABLE, who_computes
 from gatematch.torch_private import surroundings, tracing
@@ -240,6 +241,7 @@ def _run_packed(
     impl: str,
 ) -> tuple[Any, ...]:
     data, batch_sizes, sorted_indices, unsorted_indices = x
+    batch_sizes = batch_sizes.contiguous()  # torch's op looks at no strides, and reads past the end
     B: Any = batch_sizes[0] if tracing() else int(batch_sizes[0])  # a trace would keep the number
     if hx is None:
         hx = _zero_state(data, spec, B)
@@ -343,7 +345,11 @@ def fits(x: Any, weights: list[Tensor], spec: Spec, hx: State | None, batch_firs
             h_shape, c_shape = spec.state_shapes(None if len(shape) == 2 else shape[0 if batch_first else 1])
             weights, shapes = [*weights, *hx], (*shapes, h_shape, c_shape)
         return _alike(x, weights, shapes) and (hx is None or isinstance(hx, (tuple, list)))
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):  # this of a nested tensor
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    except RuntimeError:
+        if not has_nested((x, *weights, *(hx if isinstance(hx, (tuple, list)) else ()))):
+            raise
         return False
 
 
@@ -371,7 +377,11 @@ def cell_fits(x: Any, weights: Sequence[Tensor], hx: State | None) -> bool:
         if not dtype.is_floating_point or not 0 < len(shape) < 3 or x.layout is not torch.strided:
             return False
         return all([weight.is_cpu is cpu for weight in weights])
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+    except RuntimeError:
+        if not has_nested((x, *weights, *(hx if isinstance(hx, (tuple, list)) else ()))):
+            raise
         return False
 
 

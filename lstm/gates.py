@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from gatematch.checks import check_bool, check_choice, check_kind, check_number
+from gatematch.checks import check_bool, check_choice, check_kind, check_number, check_tensor
 from gatematch.torch_private import writes
 
 GATES = "ifgo"
@@ -43,6 +43,9 @@ def packed_parameters(module: nn.Module) -> dict[str, Tensor]:
         suffixes = [f"_l{layer}{direction}" for layer in range(layers) for direction in directions]
     names = [kind + suffix for suffix in suffixes for kind in PARAMETERS]
     packed = {name: getattr(module, name) for name in names if getattr(module, name, None) is not None}
+    for name, tensor in packed.items():
+        if isinstance(tensor, Tensor):
+            check_tensor(name, tensor)
     recurrent = packed.get("weight_hh" + suffixes[0])
     if recurrent is None or len(recurrent) != 4 * getattr(module, "hidden_size", 0):
         raise TypeError(f"module: expected an LSTM or LSTMCell, got {type(module).__name__}")

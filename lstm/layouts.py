@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gatematch.checks import check_bool, check_dtype, check_kind, check_number, check_shape
+from gatematch.checks import check_bool, check_dtype, check_kind, check_number, check_shape, check_tensor
 
 from .gates import PARAMETERS, packed_parameters
 
@@ -210,6 +210,7 @@ def to_onnx(source: Source) -> list[NumpyArray]:
 def _tensor(name: str, array: Any) -> Tensor:
     """A copy, so that nothing returned shares memory with an argument."""
     if isinstance(array, Tensor):
+        check_tensor(name, array)
         check_dtype(name, array.dtype)
         return array.detach().clone()
     if not hasattr(array, "__array__"):

@@ -62,9 +62,11 @@ def calls() -> dict[str, dict[str, Any]]:
         "HessianOperator": curved,
         "LSTM": {"input_size": 4, "hidden_size": 5},
         "LSTM.forward": {"self": network, "input": x, "hx": hx, "lengths": lengths},
+        "LSTM.forward, plain": {"self": network, "input": x},
         "LSTM.forward, packed": {"self": network, "input": packed, "return_cells": True},
         "LSTMCell": {"input_size": 4, "hidden_size": 5},
         "LSTMCell.forward": {"self": cell, "input": x[0], **step},
+        "LSTMCell.forward, plain": {"self": cell, "input": x[0]},
         "PairwiseAttention": {},
         "PairwiseAttention.forward": {"self": PairwiseAttention(), **pair},
         "SpectralDensity.smooth": {

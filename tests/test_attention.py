@@ -344,6 +344,16 @@ def test_the_reference_scales_without_a_change_of_any_derivative(e):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max().item(), check_dtype=False)
 
 
+def test_padding_beside_far_rows_with_an_offset_scores_nothing():
+    """The centred padding times a far row overflows, and an infinite norm less that is NaN."""
+    q, a, v = 1e34 * torch.randn(1, 9, 20), torch.randn(1, 7, 20) + 1e10, torch.ones(1, 7, 2)
+    n = torch.tensor([2])
+    a[:, 2:] = math.nan
+    S = pairwise_attention(q, a, a_lengths=n)
+    torch.testing.assert_close(S, exact(q, a, None, n).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(pairwise_attend(q, a, v, "rows", a_lengths=n), v[:, :1].expand(1, 9, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_offset_of_many_sentences_is_seen_before_their_product(shared, dtype, monkeypatch):
@@ -352,9 +362,10 @@ def test_an_offset_of_many_sentences_is_seen_before_their_product(shared, dtype,
     monkeypatch.setattr(
         operands_module.Operands, "measure", lambda x: (measured.append(x.offset is not None), measure(x))
     )
-    offset = 10 if shared else 10 * torch.randn(64, 1, 100)
-    q, a = torch.randn(64, 40, 100) + offset, torch.randn(64, 40, 100) + offset
-    lengths = torch.randint(12, 41, (64,))
+    offset = 10 if shared else 10 * torch.randn(64, 1, 210)
+    q, a = torch.randn(64, 40, 210) + offset, torch.randn(64, 40, 210) + offset
+    lengths = torch.randint(2, 41, (64,))
+    lengths[0] = 2
     q, a = q.to(dtype), a.to(dtype)
     for n in (None, lengths):
         measured.clear()
@@ -363,9 +374,9 @@ def test_an_offset_of_many_sentences_is_seen_before_their_product(shared, dtype,
         assert measured == [True]
         torch.testing.assert_close(S, exact(q, rows, None, n).to(dtype), rtol=0, atol=1e-6)
     # Nothing is found where there is nothing, or no number.
-    for rows in (a - offset, a.clone().index_fill_(1, torch.tensor(0), math.nan)):
+    for rows in (torch.randn_like(a), a.clone().index_fill_(1, torch.tensor(0), math.nan)):
         measured.clear()
-        pairwise_attention(q - offset, rows.to(dtype))
+        pairwise_attention(torch.randn_like(q), rows)
         assert measured[0] is False
 
 

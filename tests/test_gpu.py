@@ -8,6 +8,8 @@ import pytest
 import torch
 import transform_ops
 import transforms
+import triton
+import triton.language as tl
 from lstm_contract import check_layer, largest_error, product_error
 from lstm_contract import lengths_of as lstm_lengths
 from pairwise_contract import (
@@ -24,6 +26,7 @@ from waiting import join, wait
 from gatematch.attention import pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
 from gatematch.kernels import pairwise
+from gatematch.kernels.pairwise_prepare import tile_product
 from gatematch.lstm import LSTM, LSTMCell
 from gatematch.lstm import layer as layers
 from gatematch.lstm.reference import lstm_cell_reference
@@ -127,6 +130,30 @@ def test_kernels_give_the_same_bits_in_every_run():
         runs.append([S, O, *sums, *torch.autograd.grad(total, inputs)])
     for run in runs[1:]:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
+
+
+@triton.jit
+def tile_products(x_ptr, y_ptr, out_ptr, features, PREC: tl.constexpr, BLOCK_N: tl.constexpr):
+    j0 = tl.program_id(0) * BLOCK_N
+    product, _ = tile_product((), x_ptr, y_ptr + j0 * features, features, PREC, 0, 128, BLOCK_N, 64)
+    at = tl.arange(0, 128)[:, None] * 128 + j0 + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out_ptr + at, product)
+
+
+def check_widths(dtype, device):
+    x, y = (torch.randn(128, 320, device=device).to(dtype) for _ in "xy")
+    out = torch.empty(3, 128, 128, device=device)
+    for of_width, width in zip(out, (16, 32, 64), strict=True):
+        tile_products[(128 // width,)](x, y, of_width, 320, PREC="tf32", BLOCK_N=width, num_warps=8)
+    torch.testing.assert_close(out[0], x.float() @ y.float().mT, rtol=1e-2, atol=0.1)
+    assert torch.equal(out[0], out[1]) and torch.equal(out[1], out[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_width_of_a_tile_changes_no_bit_of_its_products(dtype):
+    """Both walks of the streamed kernels decide which pairs are near, from tiles of other widths."""
+    for _ in range(50):
+        check_widths(dtype, "cuda")
 
 
 def test_more_scores_than_32_bits_count():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from gatematch.lstm import LSTM, LSTMCell, convert, named_gates
 
@@ -248,3 +249,14 @@ def test_flat_weights_cannot_be_written_in_vain() -> None:
         ours._flat_weights = [torch.zeros(24, 3)]  # type: ignore[misc, assignment]
     del ours.bias_hh_l0
     assert ours._flat_weights[3] is None
+
+
+@pytest.mark.parametrize("sizes", [torch.tensor([2, 1, 2, 0])[::2], torch.tensor([2]).expand(3)])
+def test_batch_sizes_of_any_stride(sizes):
+    """torch's own op reads them as if they stood side by side, past their end."""
+    model, theirs = LSTM(3, 6), torch.nn.LSTM(3, 6)
+    theirs.load_state_dict(model.state_dict())
+    data = torch.randn(int(sizes.sum()), 3)
+    y, states = model(PackedSequence(data, sizes))
+    right, right_states = theirs(PackedSequence(data, sizes.contiguous()))
+    assert torch.equal(y.data, right.data) and all(map(torch.equal, states, right_states))

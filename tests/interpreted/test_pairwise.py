@@ -1,7 +1,10 @@
 """The pairwise kernels in Triton's interpreter, against float64 on the same inputs."""
 
+import dataclasses
+
 import pytest
 import torch
+import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +21,7 @@ from pairwise_ops import OPS, opcheck_case
 
 from gatematch.attention import ops, pairwise_attend, pairwise_attention, pairwise_sums
 from gatematch.attention import reference as exact
-from gatematch.kernels import distance, pairwise, pairwise_bwd_near, pairwise_stream
+from gatematch.kernels import config, distance, pairwise, pairwise_bwd_near, pairwise_stream
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -60,6 +63,37 @@ def test_pairs_at_the_threshold_are_in_one_of_both_walks():
     O = pairwise_attend(x, y, v, impl="triton")
     want = exact.pairwise_attention_reference(x.double(), y.double())
     torch.testing.assert_close(O.double(), want, rtol=0, atol=2e-6)
+
+
+@triton.jit
+def store_shares(out_ptr, tiles, parts):
+    part = tl.program_id(0)
+    tl.store(out_ptr + part, distance.share(part, tiles, parts))
+
+
+@pytest.mark.parametrize("tiles", [1, 263, 264, 265, 10_000_019, 2**26])
+def test_parts_share_all_tiles_evenly(tiles):
+    """264 parts times as many tiles as 2^31 rows have is more than 32 bits hold."""
+    parts = 264
+    first = torch.zeros(parts + 1, dtype=torch.int32)
+    store_shares[(parts + 1,)](first, tiles, parts)
+    each = first.diff()
+    assert first[0] == 0 and first[-1] == tiles
+    assert each.min() >= tiles // parts and each.max() <= -(-tiles // parts)
+
+
+def test_blocks_of_features_may_be_wider_than_what_is_resident(monkeypatch):
+    """As `tune` may ask for them: then a program has one."""
+    choose = config.choose
+
+    def narrow(kernel, *given):
+        tile = choose(kernel, *given)
+        resident = {"RESIDENT": 32} if kernel == "pairwise_bwd" else {}
+        return dataclasses.replace(tile, blocks={**tile.blocks, **resident})
+
+    monkeypatch.setattr(config, "choose", narrow)
+    q, a = torch.randn(1, 70, 20), torch.randn(1, 80, 20)
+    check_attention(q, a)
 
 
 def test_lengths_that_are_wrong_are_cut_to_what_is_possible():
