@@ -515,7 +515,8 @@ def check_state(hx: Any, x: Tensor, h_shape: tuple[int, ...], c_shape: tuple[int
 
 def check_dropout(dropout: Any) -> None:
     if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
+        got = repr(dropout) if isinstance(dropout, (Real, str)) else type(dropout).__name__
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element being "
-            f"zeroed, got {dropout!r}"
+            f"zeroed, got {got}"
         )

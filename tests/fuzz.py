@@ -1,13 +1,17 @@
 """Draws calls of everything public, valid ones and spoilt ones, and judges what comes.
 
-A valid call agrees with the same in float64. A spoilt one, of which one argument is replaced, agrees too or
-raises one sentence that names the argument. Calls run in child processes, since some could crash or hang:
+A valid call agrees with the oracle, or where it has none with the same call in float64. A spoilt one, of
+which one argument or option is replaced, agrees too or raises one sentence that starts with the name of an
+argument of that call. Calls run in child processes, since some could crash or hang; after such a call another
+process goes on with the next. Numbers are seeds, drawn from by `random`: hypothesis would shrink in the
+process that a crash ends.
 
     python tests/fuzz.py CALLS [FIRST]        all of them, in batches; those at fault are printed
     python tests/fuzz.py batch FIRST LAST     one batch, in this process; a single call is the batch N N+1
 """
 
 import copy
+import inspect
 import os
 import random
 import re
@@ -20,18 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import torch
 from public import calls, public
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+import gatematch
 from gatematch.attention import ABCNN, AttentionFeatures, PairwiseAttention
 from gatematch.lstm import LSTM, LSTMCell
 
 Arguments = dict[str, Any]
 PUBLIC = public()
-BATCH, TIMEOUT = 100, 300
+BATCH, TIMEOUT = 100, 120
 FOLDER = {"PYTHONPATH": str(Path(__file__).parent)}  # under PYTHONSAFEPATH it is not there by itself
 DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16)
 # Of the largest value: roundings of inputs, results and states.
@@ -130,8 +136,9 @@ def recurrent(draw: random.Random, functional: bool) -> Arguments:
         hx = torch.randn(cells, B, project or H).to(dtype), torch.randn(cells, B, H).to(dtype)
     found = {"hx": hx, "lengths": lengths(draw, B, T), "return_cells": draw.choice((True, False))}
     if B and draw.random() < 0.2:
-        steps = [draw.randint(1, T) for _ in range(B)]
-        x = pack_padded_sequence(x, torch.tensor(steps), batch_first=first, enforce_sorted=False)
+        steps, ordered = [draw.randint(1, T) for _ in range(B)], draw.random() < 0.5
+        steps = sorted(steps, reverse=True) if ordered else steps
+        x = pack_padded_sequence(x, torch.tensor(steps), batch_first=first, enforce_sorted=ordered)
         found["lengths"] = None
     elif draw.random() < 0.1:
         x, found = rows(draw, T, I, dtype=dtype), {}
@@ -149,6 +156,56 @@ def cell(draw: random.Random, functional: bool) -> Arguments:
     return {"x": x, "hx": hx, **module.state_dict()} if functional else {"self": module, "input": x, "hx": hx}
 
 
+def network_options(draw: random.Random) -> Arguments:
+    both, bias, layers = draw.choice((True, False)), draw.choice((True, False)), draw.choice((1, 2))
+    sizes = {"input_size": draw.choice(SIZES), "hidden_size": draw.choice(SIZES), "num_layers": layers}
+    return {**sizes, "bias": bias, "bidirectional": both, "dtype": draw.choice(DTYPES[:2])}
+
+
+def cell_options(draw: random.Random) -> Arguments:
+    found = network_options(draw)
+    return {key: found[key] for key in ("input_size", "hidden_size", "bias", "dtype")}
+
+
+def of_network(draw: random.Random, key: str) -> Arguments:
+    return {key: LSTM(**network_options(draw))}
+
+
+def of_library(draw: random.Random, name: str) -> Arguments:
+    """Arrays as a library has them, made by the way back; some of them read-only."""
+    options = network_options(draw)
+    if name != "keras":
+        options |= {"bias": True}
+    if name == "onnx":
+        options["num_layers"] = 1
+    arrays = getattr(gatematch, f"to_{name}")(LSTM(**options))
+    arrays = [array.copy() for array in arrays]
+    for array in arrays:
+        array.flags.writeable = draw.random() < 0.5
+    return {"weights": arrays} | ({} if name == "onnx" else {"bidirectional": options["bidirectional"]})
+
+
+def curved(draw: random.Random, **others: Any) -> Arguments:
+    """The sum of the cubes of M z, whose Hessian is 6 M' diag(M z) M."""
+    n, m, dtype = draw.choice(SIZES), draw.choice(SIZES), draw.choice(DTYPES[:2])
+    w, u = (torch.randn(size).to(dtype).requires_grad_() for size in (n, m))
+    M = torch.randn(4, n + m, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (M.to(dtype) @ torch.cat([w, u])).pow(3).sum()
+
+    def exact(params: Any) -> Tensor:
+        """Of the parameters asked for alone."""
+        rows = {id(w): torch.arange(n), id(u): torch.arange(n, n + m)}
+        asked = torch.cat([rows[id(p)] for p in (params.values() if isinstance(params, dict) else params)])
+        N, z = M.to(dtype).double(), torch.cat([w, u]).detach().double()
+        return (6 * N.T @ ((N @ z)[:, None] * N))[asked][:, asked]
+
+    setattr(loss, "exact", exact)  # noqa: B010
+    found = {"loss_fn": loss, "params": draw.choice(([w, u], {"w": w, "u": u})), **others}
+    return found | ({"vector": torch.randn(n + m).to(dtype)} if "vector" in found else {})
+
+
 def of_table(name: str) -> Callable[[random.Random], Arguments]:
     return lambda draw: calls()[name]
 
@@ -157,67 +214,57 @@ VALID: dict[str, Callable[[random.Random], Arguments]] = {
     **{name: of_table(name) for name in PUBLIC},
     "ABCNN.forward": network,
     "AttentionFeatures.forward": features,
+    "LSTM": network_options,
     "LSTM.forward": lambda draw: recurrent(draw, False),
+    "LSTMCell": cell_options,
     "LSTMCell.forward": lambda draw: cell(draw, False),
     "PairwiseAttention.forward": lambda draw: {"self": PairwiseAttention(), **pair(draw)},
     "attention_pool": pool,
+    "convert": lambda draw: {"module": nn.Sequential(nn.LSTM(**network_options(draw)))},
+    "from_keras": lambda draw: of_library(draw, "keras"),
+    "from_onnx": lambda draw: of_library(draw, "onnx"),
+    "from_tf1": lambda draw: of_library(draw, "tf1"),
+    "hessian": lambda draw: curved(draw, block_diagonal=False, chunk_size=draw.choice((None, 1, 3))),
+    "hvp": lambda draw: curved(draw, vector=None),
     "lstm": lambda draw: recurrent(draw, True),
     "lstm_cell": lambda draw: cell(draw, True),
+    "named_gates": lambda draw: of_network(draw, "module"),
     "pairwise_attend": attend,
     "pairwise_attention": pair,
     "pairwise_sums": pair,
+    "to_keras": lambda draw: of_network(draw, "source"),
 }
 # Those that compute something are drawn more often.
-NAMES = [
-    *VALID,
-    *5
-    * [
-        name
-        for name, drawn in VALID.items()
-        if name in ("lstm", "pairwise_sums") or "<lambda>" not in drawn.__name__
-    ],
-]
-NAMES += 5 * ["LSTM.forward", "lstm", "lstm_cell", "LSTMCell.forward", "PairwiseAttention.forward"]
+OFTEN = ("ABCNN.forward", "AttentionFeatures.forward", "LSTM.forward", "LSTMCell.forward", "attention_pool")
+OFTEN += ("PairwiseAttention.forward", "lstm", "lstm_cell", "pairwise_attend", "pairwise_attention")
+NAMES = [*VALID, *5 * [*OFTEN, "pairwise_sums"]]
 
 
 # --- spoilt ones ---
 
 
+ODD = (None, "x", [], {}, float("nan"), float("inf"), -1, 0, 2.5, True, np.int64(2), np.bool_(True))
+
+
 def spoilt(draw: random.Random, value: Any) -> Iterator[tuple[str, Any]]:
     """Other values in its place, and what they are."""
-    yield from (
-        ("None", None),
-        ("'x'", "x"),
-        ("[]", []),
-        ("{}", {}),
-        ("nan", float("nan")),
-        ("an object", object()),
-    )
-    yield from (
-        ("-1", -1),
-        ("2.5", 2.5),
-        ("np.int64(2)", np.int64(2)),
-        ("an array", np.ones((2, 2))),
-        ("True", True),
-    )
+    yield from ((repr(odd), copy.copy(odd)) for odd in ODD)
+    yield from (("an object", object()), ("an array", np.ones((2, 2))))
+    if isinstance(value, np.ndarray):
+        yield from (("of int64", value.astype(np.int64)), ("big-endian", value.astype(">f4")))
+        yield from (("transposed", value.T), ("a row less", value[1:]), ("one more dimension", value[None]))
     if isinstance(value, Tensor):
         for dtype in (torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64):
             yield f"of {dtype}", value.detach().to(dtype)
         yield from (("on meta", value.detach().to("meta")), ("an array", value.detach().float().numpy()))
-        yield from (
-            ("one more dimension", value[None]),
-            ("one less", value[0] if value.dim() and len(value) else value),
-        )
-        yield from (
-            ("transposed", value.mT if value.dim() > 1 else value),
-            ("repeated", torch.cat([value, value])),
-        )
-        yield from (
-            ("a row less", value[1:] if value.dim() else value),
-            ("negative", -value),
-            ("plus 7", value + 7),
-        )
-        yield "a feature less", value[..., 1:] if value.dim() else value
+        yield from (("one more dimension", value[None]), ("repeated", torch.cat([value, value])))
+        yield from (("negative", -value), ("plus 7", value + 7))
+        if value.dim():
+            yield from (("a row less", value[1:]), ("a feature less", value[..., 1:]))
+        if value.dim() and len(value):
+            yield "one less", value[0]
+        if value.dim() > 1:
+            yield "transposed", value.mT
         for layout in ("to_sparse", "to_mkldnn"):
             try:
                 yield layout, getattr(value.detach(), layout)()
@@ -243,9 +290,91 @@ def spoilt(draw: random.Random, value: Any) -> Iterator[tuple[str, Any]]:
 
 # --- judging ---
 
-NAME = r"[A-Za-z_][\w.]*(\(\)|\[[^\]]*\])*( \(\w+\))?"
-SENTENCE = re.compile(rf"{NAME}(:| should| must| has) [^\n]+")
-MISSING = re.compile(r"\w+(\.\w+)?\(\) (missing|got an unexpected|got multiple|takes) [^\n]+")  # Python's own
+SENTENCE = re.compile(r"(\w+)(?:\.\w+|\(\)|\[[^\]]*\])*(?: \(\w+\))?(?::| should| must| has) [^\n]+")
+PYTHONS = re.compile(r"\w+(\.\w+)?\(\) (missing|got an unexpected|got multiple|takes) [^\n]+")
+TORCHS = re.compile(r"empty\(\): argument '(dtype|device)' must be [^\n]+")  # of constructors
+
+
+def named(name: str, arguments: Arguments, said: str) -> bool:
+    """Whether one sentence starts with the name of an argument of that call, or is Python's or torch's."""
+    found = SENTENCE.fullmatch(said)
+    known = {*inspect.signature(PUBLIC[name]).parameters, *arguments, *parameter_names(arguments)}
+    if "input" in known:
+        known.add("x")  # as the docstring of LSTM.forward says
+    return bool(PYTHONS.fullmatch(said) or TORCHS.fullmatch(said) or (found and found[1] in known))
+
+
+def parameter_names(arguments: Arguments) -> Iterator[str]:
+    """Parameters of a module or a dict in the call: a sentence may name these."""
+    for value in arguments.values():
+        yield from (key for key in value if isinstance(key, str)) if isinstance(value, dict) else ()
+        yield from dict(value.named_parameters()) if isinstance(value, nn.Module) else ()
+
+
+def as_array(x: Any) -> np.ndarray:
+    return x.detach().double().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def exact(name: str, arguments: Arguments) -> list[Tensor] | None:
+    """By the oracle, which has no line in common with the library; None where it has no such call."""
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if name in ("hessian", "hvp"):
+        if not hasattr(given["loss_fn"], "exact") or given.get("block_diagonal"):
+            return None
+        H = given["loss_fn"].exact(given["params"])
+        return [H if name == "hessian" else H @ given["vector"].double()]
+    if name.startswith(("pairwise_att", "pairwise_s", "PairwiseAttention.")):
+        q, a = as_array(given["q"]), as_array(given["a"])
+        single = q.ndim == 2
+        q, a = (q[None], a[None]) if single else (q, a)
+        lengths = [None if given.get(k) is None else np.asarray(given[k]) for k in ("q_lengths", "a_lengths")]
+        S, _ = oracle.pairwise(q, a, *lengths)
+        outs = [S]
+        if name == "pairwise_sums":
+            outs = list(oracle.sums(S))
+        elif name == "pairwise_attend":
+            v = as_array(given["v"])[None] if single else as_array(given["v"])
+            rows = S.sum(2, keepdims=True)
+            scale = np.where(rows > 0, rows, 1) if given.get("normalize") == "rows" else 1
+            outs = [oracle.attend(S, v) / scale]
+        return [torch.from_numpy(x[0] if single else x) for x in outs]
+    if name in ("lstm", "LSTM.forward", "lstm_cell", "LSTMCell.forward"):
+        return recurrence(name, given)
+    return None
+
+
+def recurrence(name: str, given: Arguments) -> list[Tensor]:
+    step, module = "ell" in name, given.get("self")
+    params = module.state_dict() if module is not None else given if step else given["params"]
+    W = {f"{k}_l0" if step else k: as_array(w) for k, w in params.items() if re.match("weight|bias", k)}
+    x, n = given["input" if module is not None else "x"], given.get("lengths")
+    first = not step and (given.get("batch_first") if module is None else module.batch_first)
+    packed = isinstance(x, PackedSequence)
+    if packed:  # whose own order is time first
+        padded, n, first = *pad_packed_sequence(x), False
+    else:
+        padded = x[None] if step else x
+    single = padded.dim() == 2
+    padded = padded.unsqueeze(1) if single else padded.transpose(0, 1) if first else padded
+    cells, B = sum(k.startswith("weight_hh") for k in W), padded.shape[1]
+    H, P = W["weight_hh_l0"].shape[0] // 4, W["weight_hh_l0"].shape[1]
+    h, c = (as_array(s) for s in given["hx"]) if "hx" in given else (np.zeros(P), np.zeros(H))
+    if "hx" in given:
+        h, c = h.reshape(cells, B, P), c.reshape(cells, B, H)
+    h, c = np.broadcast_to(h, (cells, B, P)), np.broadcast_to(c, (cells, B, H))
+    (y, h_n, c_n, all_c), _ = oracle.lstm(as_array(padded), W, h, c, None if n is None else np.asarray(n))
+    outs, states = [y, all_c], [h_n, c_n]
+    if step:
+        return [torch.from_numpy(s[0, 0] if single else s[0]) for s in states]
+    if packed:
+        order = slice(None) if x.sorted_indices is None else x.sorted_indices.numpy()
+        outs = [np.concatenate([z[t, order][:size] for t, size in enumerate(x.batch_sizes)]) for z in outs]
+    elif single:
+        outs, states = [z[:, 0] for z in outs], [s[:, 0] for s in states]
+    elif first:
+        outs = [z.swapaxes(0, 1) for z in outs]
+    found = [outs[0], *states, *([outs[1]] if given.get("return_cells") else [])]
+    return [torch.from_numpy(np.ascontiguousarray(z)) for z in found]
 
 
 def double(value: Any) -> Any:
@@ -253,13 +382,19 @@ def double(value: Any) -> Any:
         return copy.deepcopy(value).double()
     if isinstance(value, PackedSequence):
         return PackedSequence(double(value.data), *value[1:])
-    return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+    return tree_map(_double, value)
+
+
+def _double(x: Any) -> Any:
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+        return x.astype(np.float64)
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def results(name: str, arguments: Arguments) -> list[Any]:
     torch.manual_seed(1)
     found = PUBLIC[name](**arguments)
-    return [x.data if isinstance(x, PackedSequence) else x for x in tree_leaves(_plain(found))]
+    return [torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in tree_leaves(_plain(found))]
 
 
 def _plain(found: Any) -> Any:
@@ -275,12 +410,18 @@ def _plain(found: Any) -> Any:
 def disagreement(name: str, arguments: Arguments) -> str | None:
     """How a call differs from the same in float64, if it does; errors are the caller's to judge."""
     found = results(name, arguments)
-    # A loss has parameters of its own, and random numbers are others in float64.
-    if name in ("hessian", "hvp", "HessianOperator") or name.endswith("_"):
-        return None
     if not any(isinstance(x, Tensor) and x.is_floating_point() and not x.is_meta for x in found):
         return None
-    right = results(name, {key: double(value) for key, value in arguments.items()})
+    right = exact(name, arguments)
+    given = [x.data if isinstance(x, PackedSequence) else x for x in arguments.values()]
+    dtype = next((x.dtype for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
+    if right is not None and dtype is not None and any(x.dtype != dtype for x in found):
+        return f"dtypes {[x.dtype for x in found]} for {dtype}"
+    if right is None:
+        # A loss has parameters of its own, and random numbers are others in float64.
+        if name in ("hessian", "hvp", "LSTM", "LSTMCell", "ABCNN", "AttentionFeatures") or name.endswith("_"):
+            return None
+        right = results(name, {key: double(value) for key, value in arguments.items()})
     for x, y in zip(found, right, strict=True):
         if not isinstance(x, Tensor) or x.is_meta or not x.is_floating_point():
             continue
@@ -299,31 +440,30 @@ def fault(number: int) -> tuple[str, str | None]:
     draw = random.Random(number)
     torch.manual_seed(number)
     name = draw.choice(NAMES)
-    arguments = VALID[name](draw)
     described = f"{number} {name}"
-    keys = [key for key in arguments if key != "self"]
-    if not keys or draw.random() < 0.35:
-        try:
-            return described, disagreement(name, arguments)
-        except Exception as error:
-            return described, f"{type(error).__name__}: {error}"
-    key = draw.choice(keys)
-    what, value = draw.choice(list(spoilt(draw, arguments[key])))
-    described += f", {key}: {what}"
-    print(described, flush=True)
+    print(described, flush=True)  # before it runs, so that a crash has a name
+    arguments = VALID[name](draw)
+    others = {key: p.default for key, p in inspect.signature(PUBLIC[name]).parameters.items()}
+    others = {
+        k: v for k, v in others.items() if v is not inspect.Parameter.empty and k not in ("device", "dtype")
+    }
+    keys = [key for key in {**arguments, **others} if key != "self"]
+    valid = not keys or draw.random() < 0.35
+    if not valid:
+        key = draw.choice(keys)
+        what, value = draw.choice(list(spoilt(draw, arguments.get(key, others.get(key)))))
+        described += f", {key}: {what}"
+        arguments[key] = value
+        print(described, flush=True)
     try:
-        return described, disagreement(name, arguments | {key: value})
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
-        said = str(error)
-        if type(error) is RuntimeError and not re.match(
-            r"(x|input|loss_fn|params|op|vector)\S*: expected", said
-        ):
-            return described, f"RuntimeError: {said}"
-        return described, None if SENTENCE.fullmatch(said) or MISSING.fullmatch(
-            said
-        ) else f"{type(error).__name__}: {said}"
+        return described, disagreement(name, arguments)
     except Exception as error:
-        return described, f"{type(error).__name__}: {error}"
+        kinds: tuple[type[Exception], ...] = TypeError, ValueError, MemoryError
+        said = str(error)
+        if type(error) is RuntimeError and re.match(r"(x|input|loss_fn|params|op|vector)\S*: expected", said):
+            kinds = (RuntimeError,)
+        as_said = not valid and type(error) in kinds and named(name, arguments, said)
+        return described, None if as_said else f"{type(error).__name__}: {said}"
 
 
 def batch(first: int, last: int) -> None:
@@ -331,23 +471,32 @@ def batch(first: int, last: int) -> None:
     warnings.simplefilter("ignore")
     for number in range(first, last):
         described, wrong = fault(number)
-        print(f"FAULT {described}: {' '.join(wrong.split())[:300]}" if wrong else described, flush=True)
+        if wrong:
+            print(f"FAULT {described}: {' '.join(wrong.split())[:300]}", flush=True)
+    print("END", flush=True)
 
 
 def faults(first: int, last: int) -> list[str]:
-    """Those of a batch in a process of its own; one that ends or hangs is the fault of its last call."""
-    command = [sys.executable, __file__, "batch", str(first), str(last)]
-    try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | FOLDER
-        )
-    except subprocess.TimeoutExpired as hung:
-        lines = (hung.stdout or b"").decode().splitlines() or ["before the first call"]
-        return [f"FAULT {lines[-1]}: hangs"]
-    lines = run.stdout.splitlines() or ["before the first call"]
-    found = [line for line in lines if line.startswith("FAULT")]
-    if run.returncode:
-        found.append(f"FAULT {lines[-1]}: ends the process with {run.returncode}: {run.stderr[-300:]}")
+    """Those of a batch in a process of its own. One that ends or hangs is the fault of its last call, and
+    another process takes the calls after it.
+    """
+    found: list[str] = []
+    while first < last:
+        command = [sys.executable, __file__, "batch", str(first), str(last)]
+        try:
+            run = subprocess.run(command, capture_output=True, timeout=TIMEOUT, env=os.environ | FOLDER)
+            said, how = run.stdout, f"ends the process with {run.returncode}: {run.stderr[-300:].decode()}"
+        except subprocess.TimeoutExpired as hung:
+            said, how = hung.stdout or b"", f"hangs for {TIMEOUT} s"
+        lines = said.decode().splitlines()
+        found += [line for line in lines if line.startswith("FAULT")]
+        if lines and lines[-1] == "END":
+            break
+        begun = [line for line in lines if re.match(r"\d+ ", line)]
+        if not begun:
+            return [*found, f"FAULT before call {first}: {how}"]
+        found.append(f"FAULT {begun[-1]}: {how}")
+        first = int(begun[-1].split()[0]) + 1
     return found
 
 

@@ -172,6 +172,11 @@ VALUE: dict[str, tuple[Callable[[], Any], str]] = {
         "dropout should be a number in range [0, 1] representing the probability of an element being "
         "zeroed, got 1.5",
     ),
+    "dropout-array": (
+        lambda: lstm(x, params, dropout=torch.ones(2, 2)),
+        "dropout should be a number in range [0, 1] representing the probability of an element being "
+        "zeroed, got Tensor",
+    ),
     "params-missing": (
         lambda: lstm(x, without("bias_hh_l0")),
         "params: expected the names of a torch.nn.LSTM with num_layers=1, bias=True, bidirectional=False, "
